@@ -1,0 +1,135 @@
+"""Token blocks -> hidden states -> Similarity: every window of every length from one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from llm_streamline.errors import UserError
+from llm_streamline.families import layers_of
+from llm_streamline.forward import at_boundary, run_until_stopped, stop_forward
+from llm_streamline.progress import progress
+from llm_streamline.records import Matrix, Similarity
+
+_CHUNK_TOKENS = 2048  # bounds the float32 copies of the states at all boundaries
+_TINY = 1e-12
+
+
+def analyze(
+    model: PreTrainedModel, blocks: Tensor, batch: int, mask: Tensor | None = None, quiet: bool = False
+) -> Similarity:
+    """Mean cosine similarity (Eq. 1) and relative change between every two boundaries, with standard errors.
+
+    `blocks` (N, T) token ids; `mask` (N, T), 1 for tokens that count and 0 for padding. The mean is over tokens within
+    a sequence, then over sequences; the standard error is over sequences. Errors: UserError for non-finite states.
+    """
+    boundaries = len(layers_of(model)) + 1
+    sums = _Sums(boundaries)
+    mask = torch.ones_like(blocks) if mask is None else mask
+    padded = not bool(mask.all())
+    with progress("analyzing", len(blocks), quiet) as advance, _Recorder(model).attached() as recorder:
+        for ids, counts in zip(blocks.split(batch), mask.split(batch), strict=True):
+            ids, counts = ids.to(model.device, torch.long), counts.to(model.device)
+            run_until_stopped(model, ids, counts if padded else None)
+            sums.add(*_pairwise(recorder.take(), counts))
+            advance(len(ids), "sequences")
+    return sums.result(tokens=int(mask.sum()))
+
+
+class _Recorder:
+    """Keeps the states at all boundaries of the last forward, which it ends before the final norm."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self._states: list[Tensor] = []
+
+    @contextmanager
+    def attached(self) -> Iterator[_Recorder]:
+        last = len(layers_of(self._model))
+        with ExitStack() as hooks:
+            for boundary in range(last + 1):
+                hooks.enter_context(at_boundary(self._model, boundary, lambda state, _: self._states.append(state)))
+            hooks.enter_context(at_boundary(self._model, last, stop_forward))
+            yield self
+
+    def take(self) -> list[Tensor]:
+        states, self._states = self._states, []
+        return states
+
+
+def _pairwise(states: list[Tensor], mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Per sequence the mean cosine and relative change between boundaries: two (B, L+1, L+1) in float32.
+
+    Both come from one Gram matrix G of each token's states: cos = G_ij / sqrt(G_ii G_jj) and
+    ||x_j - x_i||^2 = G_ii + G_jj - 2 G_ij.
+    """
+    sequences, length = mask.shape
+    cosine = torch.zeros(sequences, len(states), len(states), device=mask.device)
+    change = torch.zeros_like(cosine)
+    step = max(1, _CHUNK_TOKENS // sequences)
+    for first in range(0, length, step):
+        part = slice(first, min(first + step, length))
+        gram = _gram([state[:, part] for state in states])
+        weight = mask[:, part].float()
+        _refuse_non_finite(gram, weight)
+        squares = gram.diagonal(dim1=-2, dim2=-1).clamp_min(_TINY)  # (B, T, L+1)
+        norms = squares.sqrt()
+        cosines = gram / (norms.unsqueeze(-1) * norms.unsqueeze(-2))
+        distances = (squares.unsqueeze(-1) + squares.unsqueeze(-2) - 2 * gram).clamp_min(0).sqrt()
+        cosine += torch.einsum("bt,btij->bij", weight, cosines)
+        change += torch.einsum("bt,btij->bij", weight, distances / norms.unsqueeze(-1))
+    counts = mask.sum(dim=1).clamp_min(1).float()[:, None, None]
+    return cosine / counts, change / counts
+
+
+def _gram(states: list[Tensor]) -> Tensor:
+    """(B, T, L+1, L+1): inner products of each token's states, in float32 whatever autocast says."""
+    stacked = torch.stack(states, dim=2).float()
+    with torch.autocast(stacked.device.type, enabled=False):
+        return stacked @ stacked.transpose(-1, -2)
+
+
+def _refuse_non_finite(gram: Tensor, weight: Tensor) -> None:
+    finite = gram.diagonal(dim1=-2, dim2=-1).isfinite() | (weight == 0).unsqueeze(-1)
+    bad = (~finite).any(dim=0).any(dim=0)
+    if bool(bad.any()):
+        boundary = int(bad.nonzero()[0])
+        where = "what enters layer 0" if boundary == 0 else f"the output of layer {boundary - 1}"
+        raise UserError(
+            f"{where} has infinite or undefined values; "
+            "try --compute float32, and check the checkpoint if that does not help."
+        )
+
+
+class _Sums:
+    """Sums over sequences, in float64: enough for means and standard errors."""
+
+    def __init__(self, boundaries: int) -> None:
+        self.count = 0
+        self.first = torch.zeros(2, boundaries, boundaries, dtype=torch.float64)
+        self.second = torch.zeros_like(self.first)
+
+    def add(self, cosine: Tensor, change: Tensor) -> None:
+        values = torch.stack([cosine, change]).double().cpu()  # (2, B, L+1, L+1)
+        self.count += values.shape[1]
+        self.first += values.sum(dim=1)
+        self.second += values.square().sum(dim=1)
+
+    def result(self, tokens: int) -> Similarity:
+        mean = self.first / self.count
+        variance = (self.second / self.count - mean.square()).clamp_min(0) * self.count / max(self.count - 1, 1)
+        error = (variance / self.count).sqrt()
+        matrices: list[Matrix] = [m.tolist() for m in (*mean, *error)]
+        return Similarity(
+            num_layers=self.first.shape[-1] - 1,
+            sequences=self.count,
+            tokens=tokens,
+            cosine=matrices[0],
+            relative_change=matrices[1],
+            cosine_se=matrices[2],
+            relative_change_se=matrices[3],
+        )

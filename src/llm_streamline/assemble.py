@@ -1,0 +1,133 @@
+"""Model + plan + replacement -> a smaller model on disk, verified before it gets its name.
+
+A new model is built from a new config and the weights are moved over, so that layer numbers are born right.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from llm_streamline.errors import StreamlineError, VerificationError
+from llm_streamline.families import layers_prefix, sliced_config, sliding_window
+from llm_streamline.files import atomic
+from llm_streamline.forward import substituted
+from llm_streamline.oracle import (
+    FOLDER,
+    MANIFEST,
+    PROMPTS,
+    prompt_length,
+    record_oracle,
+    stored_tensors,
+    verify,
+)
+from llm_streamline.records import LayerPlan, Manifest, Verification
+from llm_streamline.replacement import ReplacementLayers
+
+_SAMPLE = "Alice's 3 cats, Ünal and the naïve 北京 visitor said: \"don't!\"\n\tif x >= 10: return"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a shortened model is made of. `source` holds float32 values that the saved number format can hold."""
+
+    source: PreTrainedModel
+    plan: LayerPlan
+    replacement: ReplacementLayers
+    tokenizer: PreTrainedTokenizerBase | None
+
+
+def assemble(parts: Parts, dtype: torch.dtype, prompts: Tensor, manifest: Manifest, target: Path) -> Verification:
+    """Write the shortened model to `target`, which appears only if a fresh process finds it right.
+
+    Args: prompts: token ids (N, T) to check with. manifest: what lies beside the weights; tensor counts and the
+        verification are filled in here. Errors: VerificationError; nothing is left behind.
+    """
+    parts.replacement.to(dtype).float()  # what is checked is what is saved
+    with atomic(target) as folder:
+        folder.mkdir()
+        limits = _write_oracle(parts, prompts, folder)
+        tensors = _write_model(parts, dtype, folder)
+        manifest = manifest.model_copy(update={"tensors": tensors, "limits": limits})
+        manifest.write(folder / MANIFEST)
+        _write_json(folder / "layer-map.json", {"layers": manifest.layer_map})
+        verification = verify(folder)
+        if not verification.passed:
+            raise VerificationError(f"the assembled model is not published: {'; '.join(verification.problems)}.")
+        manifest.model_copy(update={"verification": verification}).write(folder / MANIFEST)
+    return verification
+
+
+def _write_oracle(parts: Parts, prompts: Tensor, folder: Path) -> list[str]:
+    length, limits = prompt_length(parts.source.config, sliding_window(parts.source.config))
+    prompts = prompts.reshape(-1)[: PROMPTS * length].reshape(-1, length)
+    with substituted(parts.source, parts.plan.window, list(parts.replacement)):
+        record_oracle(parts.source, prompts, folder)
+    return limits
+
+
+def _write_model(parts: Parts, dtype: torch.dtype, folder: Path) -> dict[str, int]:
+    """Save weights, configuration, tokenizer and generation settings; returns what became of the source's tensors."""
+    model, tensors = build(parts, dtype)
+    model.generation_config = parts.source.generation_config
+    model.save_pretrained(folder)
+    if parts.tokenizer is not None:
+        parts.tokenizer.save_pretrained(folder)
+        sample = {"text": _SAMPLE, "ids": parts.tokenizer(_SAMPLE)["input_ids"]}
+        _write_json(folder / FOLDER / "tokenizer.json", sample)
+    return {**tensors, "stored": len(stored_tensors(folder))}
+
+
+def build(parts: Parts, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str, int]]:
+    """The shortened model in `dtype`, and how many of the source's tensors were kept, renamed, removed or replaced.
+
+    Errors: StreamlineError for a tensor on either side that is not accounted for.
+    """
+    sources = parts.plan.sources()
+    config = sliced_config(parts.source.config, sources)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    weights, counts = _moved_weights(parts, sources)
+    expected = set(model.state_dict())
+    if unexplained := expected.symmetric_difference(weights):
+        raise StreamlineError(
+            f"{len(unexplained)} tensors are not accounted for, such as {min(unexplained)}; "
+            "this family's layers are not what its row says, please report it."
+        )
+    model.load_state_dict({key: value.to(dtype) for key, value in weights.items()}, assign=True)
+    model.tie_weights()
+    return model, counts
+
+
+def _moved_weights(parts: Parts, sources: list[int]) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """The new model's state dict by moving the source's keys, and what became of each of the source's tensors."""
+    prefix = layers_prefix(parts.source.config)
+    replaced = parts.plan.replaced()
+    stand_ins = [layer.state_dict() for layer in parts.replacement]
+    new_numbers = {source: new for new, source in enumerate(sources)}
+    weights: dict[str, Tensor] = {}
+    counts = dict.fromkeys(("kept", "renamed", "removed", "replaced"), 0)
+    for key, value in parts.source.state_dict().items():
+        number, _, rest = key.removeprefix(prefix).partition(".")
+        if not key.startswith(prefix):
+            counts["kept"] += 1
+            weights[key] = value
+        elif (old := int(number)) not in new_numbers:
+            counts["removed"] += 1
+        elif old in replaced:
+            counts["replaced"] += 1
+            weights[f"{prefix}{new_numbers[old]}.{rest}"] = stand_ins[old - replaced.start][rest]
+        else:
+            counts["kept" if new_numbers[old] == old else "renamed"] += 1
+            weights[f"{prefix}{new_numbers[old]}.{rest}"] = value
+    return weights, counts
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,141 @@
+"""A folder or Hub name -> configuration, tokenizer and model; what cannot be used is refused in one sentence."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from llm_streamline.errors import UserError
+from llm_streamline.families import family_of
+
+BUNDLED = "bundled"
+_BUNDLED_MODEL = Path(__file__).parent / "demo" / "model"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from and what may be done to load it."""
+
+    name: str
+    allow_pickle: bool = False
+    trust_remote_code: bool = False
+
+    @property
+    def path(self) -> str:
+        return str(_BUNDLED_MODEL) if self.name == BUNDLED else self.name
+
+
+def load_config(source: Source) -> PretrainedConfig:
+    """The configuration of a supported causal LM. Errors: UserError."""
+    folder = Path(source.path)
+    if folder.exists() and not (folder / "config.json").is_file():
+        raise UserError(f"{source.name} holds no config.json; give the folder of a HuggingFace causal LM.")
+    try:
+        config = AutoConfig.from_pretrained(source.path, trust_remote_code=source.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(_no_config(source, error)) from error
+    family_of(config)
+    return config
+
+
+def _no_config(source: Source, error: Exception) -> str:
+    text = str(error)
+    if "trust_remote_code" in text:
+        return f"{source.name} brings its own model code; read that code, then allow it with --trust-remote-code."
+    if Path(source.path).exists():
+        return f"{source.name}/config.json cannot be used ({text.splitlines()[0]}); give a HuggingFace causal LM."
+    return (
+        f"{source.name} is neither a folder here nor a model that the Hub gives now; "
+        "give the path of a HuggingFace model folder, or a Hub name when online."
+    )
+
+
+def load_tokenizer(source: Source, vocabulary: int) -> PreTrainedTokenizerBase:
+    """The tokenizer. Errors: UserError where there is none, or it makes ids the model has no embedding for."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.path, trust_remote_code=source.trust_remote_code)
+    except Exception as error:  # every tokenizer backend has its own exceptions
+        raise UserError(
+            f"{source.name} has no tokenizer that loads ({type(error).__name__}); "
+            "put the model's tokenizer files beside it."
+        ) from error
+    if len(tokenizer) > vocabulary:
+        raise UserError(
+            f"the tokenizer of {source.name} makes ids up to {len(tokenizer) - 1} but the model embeds {vocabulary}; "
+            "give the tokenizer that belongs to the model."
+        )
+    return tokenizer
+
+
+def load_model(source: Source, dtype: torch.dtype | str = "auto", device: str = "cpu") -> PreTrainedModel:
+    """The frozen model in evaluation mode. `dtype` 'auto' is the checkpoint's. Errors: UserError."""
+    config = load_config(source)
+    check_weights(source)
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            source.path,
+            config=config,
+            dtype=dtype,
+            use_safetensors=None if source.allow_pickle else True,
+            trust_remote_code=source.trust_remote_code,
+        )
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise UserError(
+            f"the weights of {source.name} do not load ({str(error).splitlines()[0]}); fetch them again."
+        ) from error
+    return model.to(device).eval().requires_grad_(False)
+
+
+def check_weights(source: Source) -> None:
+    """Refuse a local folder without safetensors, or with a shard that is missing, cut short or corrupt, by name."""
+    folder = Path(source.path)
+    if not folder.is_dir():
+        return
+    shards = _shards(folder)
+    if not shards and any(folder.glob("pytorch_model*.bin")):
+        if not source.allow_pickle:
+            raise UserError(
+                f"{source.name} has weights in pickle form only, which can run code; "
+                "convert them to safetensors, or allow them with --allow-pickle."
+            )
+    elif not shards:
+        raise UserError(f"{source.name} holds no model.safetensors; put the model's weights there.")
+    for shard in shards:
+        try:
+            with safe_open(folder / shard, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"shard {shard} of {source.name} is missing or damaged ({error}); fetch it again."
+            ) from error
+
+
+def _shards(folder: Path) -> list[str]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    return ["model.safetensors"] if (folder / "model.safetensors").is_file() else []
+
+
+def checkpoint_dtype(config: PretrainedConfig) -> torch.dtype:
+    """The number format the checkpoint's weights are in."""
+    dtype = getattr(config, "dtype", None) or torch.float32
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+
+
+def context_length(config: PretrainedConfig) -> int:
+    """The longest sequence the model takes, in tokens."""
+    return int(getattr(config, "max_position_embeddings", None) or 2048)

@@ -1,0 +1,147 @@
+"""Similarity -> LayerPlan, and why: which window goes, from what the recipe asks for."""
+
+from __future__ import annotations
+
+import re
+
+from llm_streamline.errors import UserError
+from llm_streamline.recipe import Recipe
+from llm_streamline.records import LayerPlan, ModelShape, Similarity, Window
+
+DEFAULT_REMOVE = "25%"
+
+
+def choose(similarity: Similarity, shape: ModelShape, recipe: Recipe) -> LayerPlan:
+    """The plan that the recipe asks for. Errors: UserError where no window can give it."""
+    if recipe.window is not None:
+        window, why = _given_window(recipe, shape), "the window was given with --window"
+        net = len(window) - recipe.occupied
+        plain = Window(start=window.start, stop=window.start + net)
+        inside = [w for w in similarity.windows(net) if window.start <= w.start and w.stop <= window.stop]
+        plain = inside[0] if inside else plain
+    else:
+        net = net_layers(recipe, shape)
+        window = most_similar(similarity, net + recipe.occupied, recipe)
+        plain = most_similar(similarity, net, recipe)
+        why = _why(similarity, window, recipe)
+    return LayerPlan(
+        model=shape.name,
+        model_type=shape.model_type,
+        num_layers=shape.num_layers,
+        window=window,
+        replace=recipe.replace,
+        occupied=recipe.occupied,
+        parameters_before=shape.total,
+        parameters_after=parameters_after(shape, window, recipe.occupied),
+        similarity=similarity.of(window),
+        similarity_se=similarity.error_of(window),
+        plain_window=plain,
+        why=why,
+    )
+
+
+def check_request(shape: ModelShape, recipe: Recipe) -> None:
+    """Refuse, before anything is measured, what no window can give. Errors: UserError."""
+    if recipe.window is not None:
+        _given_window(recipe, shape)
+    else:
+        net_layers(recipe, shape)
+
+
+def most_similar(similarity: Similarity, length: int, recipe: Recipe) -> Window:
+    """Eq. 2-3: the window of `length` layers whose boundaries are most alike, away from the protected ends."""
+    windows = similarity.windows(length, recipe.protect_first, recipe.protect_last)
+    if not windows:
+        raise UserError(_too_long(length, similarity.num_layers, recipe))
+    return windows[0]
+
+
+def net_layers(recipe: Recipe, shape: ModelShape) -> int:
+    """How many net layers go. A percentage is of L, rounded half up. Errors: UserError."""
+    if recipe.max_params is not None:
+        return _layers_for(recipe.max_params, shape, recipe)
+    asked = recipe.remove or DEFAULT_REMOVE
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(%?)", asked.strip())
+    if not match or (not match[2] and "." in match[1]):
+        raise UserError(f"--remove {asked} is no number of layers; give one such as 8, or a share such as 25%.")
+    layers = shape.num_layers
+    net = int(float(match[1]) * layers / 100 + 0.5) if match[2] else int(match[1])
+    if net < 1:
+        raise UserError(f"--remove {asked} of {layers} layers removes none; give at least 1.")
+    if net >= layers:
+        raise UserError(f"--remove {asked} leaves no layer of {layers}; give at most {_most(layers, recipe)}.")
+    if net > _most(layers, recipe):
+        raise UserError(_too_long(net + recipe.occupied, layers, recipe))
+    return net
+
+
+def _most(layers: int, recipe: Recipe) -> int:
+    """The most net layers that can go."""
+    return layers - recipe.protect_first - recipe.protect_last - recipe.occupied
+
+
+def _too_long(length: int, layers: int, recipe: Recipe) -> str:
+    return (
+        f"a window of {length} of {layers} layers would take the protected ends; remove at most "
+        f"{max(_most(layers, recipe), 0)} net, or lower --protect-first {recipe.protect_first} or "
+        f"--protect-last {recipe.protect_last}."
+    )
+
+
+def _layers_for(max_params: int, shape: ModelShape, recipe: Recipe) -> int:
+    """The fewest net layers that bring the model to `max_params`, whichever window goes."""
+    for net in range(1, _most(shape.num_layers, recipe) + 1):
+        length = net + recipe.occupied
+        starts = range(recipe.protect_first, shape.num_layers - recipe.protect_last - length + 1)
+        windows = (Window(start=start, stop=start + length) for start in starts)
+        if all(parameters_after(shape, window, recipe.occupied) <= max_params for window in windows):
+            return net
+    raise UserError(
+        f"--max-params {max_params:,} cannot be reached: without the layers that may go, {shape.name} still has "
+        f"{shape.total - _removable(shape, recipe):,} parameters; ask for that many at least."
+    )
+
+
+def _removable(shape: ModelShape, recipe: Recipe) -> int:
+    last = shape.num_layers - recipe.protect_last
+    return sum(shape.layers[recipe.protect_first + recipe.occupied : last])
+
+
+def parameters_after(shape: ModelShape, window: Window, occupied: int) -> int:
+    """Exact parameters of the shortened model: the replacement's layers are shaped like the window's first ones."""
+    return shape.total - sum(shape.layers[window.start + occupied : window.stop])
+
+
+def _given_window(recipe: Recipe, shape: ModelShape) -> Window:
+    window = Window.parse(recipe.window or "")
+    first, last = recipe.protect_first, shape.num_layers - recipe.protect_last
+    if window.stop > shape.num_layers:
+        raise UserError(
+            f"--window {window} ends past the model's {shape.num_layers} layers; give one within {first}:{last}."
+        )
+    if window.start < first or window.stop > last:
+        raise UserError(
+            f"--window {window} takes protected layers; give one within {first}:{last}, or lower "
+            f"--protect-first {recipe.protect_first} or --protect-last {recipe.protect_last}."
+        )
+    if len(window) <= recipe.occupied:
+        raise UserError(
+            f"--window {window} has {len(window)} layers and --replace {recipe.replace} puts {recipe.occupied} "
+            "in their place, so nothing is removed; give a longer window."
+        )
+    if len(window) == shape.num_layers and not recipe.occupied:
+        raise UserError(f"--window {window} leaves no layer; give a shorter one.")
+    return window
+
+
+def _why(similarity: Similarity, window: Window, recipe: Recipe) -> str:
+    """The reason for a window, with its runner-up and whether the two can be told apart."""
+    ranked = similarity.windows(len(window), recipe.protect_first, recipe.protect_last)
+    best = f"cosine {similarity.of(window):.4f} ± {similarity.error_of(window):.4f}"
+    if len(ranked) == 1:
+        return f"the only window of {len(window)} layers between the protected ends ({best})"
+    second = ranked[1]
+    return (
+        f"the most similar of {len(ranked)} windows of {len(window)} layers ({best}; next {second} with "
+        f"{similarity.of(second):.4f} ± {similarity.error_of(second):.4f})"
+    )

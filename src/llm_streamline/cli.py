@@ -1,0 +1,251 @@
+"""The command line: thin, with flags made from the schemas of `recipe.py` and heavy imports left to the commands."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from llm_streamline import __version__
+from llm_streamline.errors import StreamlineError, UserError
+from llm_streamline.recipe import Recipe, Runtime, make_recipe
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from llm_streamline.records import Record, Result
+
+app = typer.Typer(
+    name="llm-streamline",
+    help="Make a HuggingFace causal language model shallower, keep what it knew, and prove it.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+_SHORT = {"output": "-o"}
+_ONLY_COMPRESS = {
+    *(
+        "remove",
+        "window",
+        "max_params",
+        "replace",
+        "init",
+        "loss",
+        "tokens",
+        "batch",
+        "accumulate",
+        "lr",
+        "min_lr",
+    ),
+    *("weight_decay", "warmup", "clip", "dtype", "preset", "dry_run", "tracker"),
+}
+
+
+def _examples(*lines: str) -> str:
+    """The end of a help page; `tests/test_cli.py` runs every line of it."""
+    return "Examples:\n\n" + "\n\n".join(f"  {line}" for line in lines)
+
+
+def _annotation(kind: Any) -> Any:
+    """What typer should parse for a schema's field; the schema itself checks the value."""
+    text = str(kind)
+    if "bool" in text:
+        return bool
+    if "tuple" in text:
+        return list[str] | None
+    return str | None
+
+
+def _option(schema: type[Recipe] | type[Runtime], name: str) -> inspect.Parameter:
+    field = schema.model_fields[name]
+    flag = f"--{(field.alias or name).replace('_', '-')}"
+    kind = _annotation(field.annotation)
+    help_text = field.description or ""
+    if field.default not in (None, (), False) and "[default" not in help_text:
+        help_text += f" [default: {field.default}]"
+    metavar = None if kind is bool else name.upper()
+    flags = filter(None, (flag, _SHORT.get(name)))
+    option = typer.Option(*flags, help=help_text, show_default=False, metavar=metavar)
+    default: Any = False if kind is bool else None
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
+
+
+def _with_schema(*leave_out: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command `MODEL`, `--recipe` and a flag for every field of both schemas, but those left out."""
+
+    def decorate(command: Callable[[Recipe, Runtime], None]) -> Callable[..., None]:
+        def run(model: str | None = None, recipe: Path | None = None, **given: Any) -> None:
+            values = {key: value for key, value in given.items() if value not in (None, False, [])}
+            runtime = Runtime(**{_runtime_key(k): v for k, v in values.items() if k in Runtime.model_fields})
+            wanted = {key: value for key, value in values.items() if key in Recipe.model_fields}
+            if model is not None:
+                wanted["model"] = model
+            if "model" not in wanted and recipe is None:
+                raise UserError("no MODEL was given; give a model folder, a Hub name, or 'bundled'.")
+            command(make_recipe(wanted, recipe), runtime)
+
+        positional = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        model_help = Recipe.model_fields["model"].description
+        model = Annotated[str | None, typer.Argument(help=model_help, show_default=False)]
+        file = Annotated[
+            Path | None,
+            typer.Option("--recipe", help="A YAML file of these fields; flags win.", show_default=False),
+        ]
+        names = [(schema, name) for schema in (Recipe, Runtime) for name in schema.model_fields]
+        parameters = [
+            inspect.Parameter("model", positional, default=None, annotation=model),
+            inspect.Parameter("recipe", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=file),
+            *(_option(schema, name) for schema, name in names if name not in {"model", *leave_out}),
+        ]
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        run.__name__, run.__doc__ = command.__name__, command.__doc__
+        return run
+
+    return decorate
+
+
+def _runtime_key(name: str) -> str:
+    return Runtime.model_fields[name].alias or name
+
+
+@app.command(
+    epilog=_examples(
+        "llm-streamline compress bundled --data bundled -o shorter --remove 25% --tokens 20k",
+        "llm-streamline compress bundled --data bundled -o cut --window 4:7 --replace none",
+        "llm-streamline compress bundled --data bundled --remove 3 --dry-run --json",
+    )
+)
+@_with_schema()
+def compress(recipe: Recipe, runtime: Runtime) -> None:
+    """Find the redundant layers, remove them, train a replacement, write a verified HuggingFace folder."""
+    from llm_streamline import run
+
+    if runtime.dry_run:
+        plan = run.plan_only(recipe, runtime)
+        _print(runtime, plan, [run.describe(plan)])
+        return
+    result = run.compress(recipe, runtime)
+    _print(runtime, result, _summary(result))
+
+
+def _summary(result: Result) -> list[str | Table]:
+    from llm_streamline import report
+
+    plan, fit, scores = result.plan, result.fit, result.scores
+    lines = report.summary_lines(plan, fit, result.verification, Path(result.model))
+    return [report.summary_table(plan, fit, scores), *lines]
+
+
+@app.command(
+    epilog=_examples(
+        "llm-streamline analyze bundled --data bundled -o analysis",
+        "llm-streamline analyze bundled --data bundled -o analysis --calibration-tokens 20k --json",
+    )
+)
+@_with_schema(*_ONLY_COMPRESS)
+def analyze(recipe: Recipe, runtime: Runtime) -> None:
+    """Measure how little every run of layers changes the hidden state: tables, similarity.json and figures."""
+    from llm_streamline import report, run
+
+    similarity, folder = run.analyze_model(recipe, runtime)
+    best = report.window_table(similarity, recipe.protect_first, recipe.protect_last)
+    files = f"similarity.json, similarity.png and heat-map.png are in {folder}"
+    _print(runtime, similarity, [report.layer_table(similarity), best, files])
+
+
+@app.command(epilog=_examples("llm-streamline verify shorter", "llm-streamline verify shorter/model --json"))
+def verify(
+    folder: Annotated[Path, typer.Argument(help="A run folder or the model folder in it.")],
+    json_output: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the trace of an error.")] = False,
+) -> None:
+    """Check again, in a fresh process, that a model folder made by this tool computes what it should."""
+    from llm_streamline import oracle
+
+    found = oracle.verify(folder)
+    lines = [f"problem: {problem}" for problem in found.problems] or [
+        f"verified: logits within {found.logits_error:.1e}, cached = uncached generation, "
+        f"{found.parameters:,} parameters in {found.tensors} tensors"
+    ]
+    runtime = Runtime(json=json_output)
+    _print(runtime, found, [*lines, *(f"limit: {limit}" for limit in found.limits)])
+    if not found.passed:
+        raise typer.Exit(1)
+
+
+@app.command(epilog=_examples("llm-streamline demo -o demo-run"))
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="The run folder.")] = Path("demo-run"),
+    json_output: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the trace of an error.")] = False,
+) -> None:
+    """Shorten the bundled model by a quarter of its layers and ask it questions before and after."""
+    from llm_streamline import demonstration
+
+    runtime = Runtime(output=output, json=json_output)
+    result, answers = demonstration.demo(runtime)
+    print_json = {"accuracy": answers, **json.loads(result.model_dump_json())}
+    line = "accuracy " + " ".join(f"{name} {share:.2f}" for name, share in answers.items())
+    _print(runtime, print_json, [*_summary(result), line])
+
+
+def _print(runtime: Runtime, record: Record | dict[str, Any], lines: list[Any]) -> None:
+    """Results on stdout: as JSON where asked for, else as tables and lines for people."""
+    if runtime.json_output:
+        print(json.dumps(record, indent=1) if isinstance(record, dict) else record.model_dump_json(indent=1))
+        return
+    from rich.console import Console
+
+    console = Console(highlight=False, soft_wrap=True)
+    for line in lines:
+        console.print(line, markup=False) if isinstance(line, str) else console.print(line)
+
+
+def _version(show: bool) -> None:
+    if show:
+        print(f"llm-streamline {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The console script. Exit codes: 0 done, 1 failed, 2 refused, 130 interrupted."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        app(args=arguments, standalone_mode=False)
+    except StreamlineError as error:
+        _end(str(error), error.exit_code, arguments)
+    except KeyboardInterrupt:
+        _end("interrupted; the same command continues after the last finished stage.", 130, arguments)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # what click itself refuses has one
+            raise
+        _end(f"{error.format_message()} See 'llm-streamline --help'.", 2, arguments)
+
+
+def _end(message: str, code: int, arguments: list[str]) -> None:
+    if "--debug" in arguments:
+        traceback.print_exc()
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+if __name__ == "__main__":
+    main()

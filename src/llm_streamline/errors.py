@@ -1,0 +1,17 @@
+"""The few exceptions a user can meet. Each message is one sentence: what was given, what is allowed, what to do."""
+
+
+class StreamlineError(Exception):
+    """Anything this package reports to its user in one sentence; `exit_code` is what the command line returns."""
+
+    exit_code = 1
+
+
+class UserError(StreamlineError):
+    """Something given cannot be used as it is; nothing was written."""
+
+    exit_code = 2
+
+
+class VerificationError(StreamlineError):
+    """The assembled model does not compute what the source with the window replaced computes; it is not published."""

@@ -1,0 +1,1 @@
+"""model -> Scores: what a compressed model kept."""

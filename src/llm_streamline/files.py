@@ -1,0 +1,80 @@
+"""Writes that are whole or absent: a temporary name beside the target, then a rename."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from llm_streamline.errors import StreamlineError, UserError
+
+TEMPORARY = ".partial-"
+
+
+@contextmanager
+def atomic(target: Path) -> Iterator[Path]:
+    """Yield a temporary path (file or folder, the caller makes it) that becomes `target` if the block succeeds.
+
+    Errors: UserError for a full disk or a place that cannot be written; nothing is left behind in either case.
+    """
+    temporary = target.with_name(f"{TEMPORARY}{uuid.uuid4().hex[:8]}-{target.name}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        temporary.replace(target)
+    except BaseException as error:
+        remove(temporary)
+        if is_storage_failure(error):
+            raise UserError(storage_sentence(error, target)) from error
+        raise
+
+
+def write_text(target: Path, text: str) -> None:
+    with atomic(target) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what a killed run left half-written in `folder`."""
+    for path in folder.glob(f"{TEMPORARY}*"):
+        remove(path)
+
+
+def is_storage_failure(error: BaseException) -> bool:
+    """Whether a write failed for the disk's sake; safetensors wraps the system's error in its text."""
+    if isinstance(error, StreamlineError):
+        return False
+    numbers = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+    return (isinstance(error, OSError) and error.errno in numbers) or "No space left on device" in str(error)
+
+
+def storage_sentence(error: BaseException, target: Path) -> str:
+    if getattr(error, "errno", None) in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return f"cannot write {target}: choose an output folder (-o) that you may write to."
+    free = shutil.disk_usage(existing_parent(target)).free
+    return (
+        f"the disk is full: {target} could not be written with {free / 1e9:.2f} GB free; "
+        "free some space or choose another output folder (-o), and repeat the command to continue."
+    )
+
+
+def existing_parent(path: Path) -> Path:
+    return next(parent for parent in path.absolute().parents if parent.exists())
+
+
+def sha256(*chunks: bytes | memoryview) -> str:
+    digest = hashlib.sha256()
+    for chunk in chunks:
+        digest.update(chunk)
+    return digest.hexdigest()

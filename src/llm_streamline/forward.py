@@ -1,0 +1,145 @@
+"""How every stage runs part of a model: inputs of a layer are captured from the model's own forward and replayed.
+
+No decoder layer is ever called with guessed arguments: masks, position embeddings and whatever a family passes
+besides are taken as its own forward passed them. Shapes: B sequences, T tokens, D width, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from llm_streamline.families import layers_of
+from llm_streamline.records import Window
+
+
+class _Reached(Exception):
+    """Raised by a hook at the last boundary that is wanted; nothing above it is computed."""
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """What the model's own forward passed to one layer besides its hidden state."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def replay(self, layer: nn.Module, hidden: Tensor) -> Tensor:
+        """Run `layer` on `hidden` (B, T, D) with the captured inputs, without a cache."""
+        return hidden_of(layer(hidden, *self.args, **self.kwargs))
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A window's two boundaries on one batch: `entering` and `leaving` are (B, T, D), one call per layer."""
+
+    entering: Tensor
+    leaving: Tensor
+    calls: list[LayerCall]
+
+
+def hidden_of(output: Any) -> Tensor:
+    """The hidden state in what a decoder layer returned: a tensor, or the first of a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _entering(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def _call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> LayerCall:
+    rest = {key: value for key, value in kwargs.items() if key != "hidden_states"}
+    for key in ("past_key_values", "past_key_value"):
+        if key in rest:
+            rest[key] = None
+    return LayerCall(args[1:], rest)
+
+
+@contextmanager
+def at_boundary(
+    model: PreTrainedModel, boundary: int, action: Callable[[Tensor, LayerCall | None], None]
+) -> Iterator[None]:
+    """Call `action(state, call)` whenever a forward crosses `boundary` (0..L; L is before the final norm).
+
+    `call` is what the layer above the boundary was given; None at boundary L, which has no layer above it.
+    """
+    layers = layers_of(model)
+
+    def above(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        action(_entering(args, kwargs), _call(args, kwargs))
+
+    def below(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        action(hidden_of(output), None)
+
+    if boundary < len(layers):
+        handle = layers[boundary].register_forward_pre_hook(above, with_kwargs=True)
+    else:
+        handle = layers[-1].register_forward_hook(below)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def stop_forward(_: Tensor, __: LayerCall | None) -> None:
+    raise _Reached
+
+
+@torch.no_grad()
+def run_until_stopped(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
+    """The model's own forward, up to the boundary where `stop_forward` is attached."""
+    try:
+        model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    except _Reached:
+        return
+    raise RuntimeError("the forward ended without crossing the boundary it should have stopped at")
+
+
+def run_window(model: PreTrainedModel, window: Window, input_ids: Tensor) -> Passage:
+    """Run the frozen layers [0, window.stop) once and return what crosses the window's boundaries."""
+    ends: list[Tensor] = []
+    calls: list[LayerCall | None] = []
+    with ExitStack() as hooks:
+        for layer in window.layers():
+            hooks.enter_context(at_boundary(model, layer, lambda _, call: calls.append(call)))
+        for boundary in (window.start, window.stop):
+            hooks.enter_context(at_boundary(model, boundary, lambda state, _: ends.append(state)))
+        hooks.enter_context(at_boundary(model, window.stop, stop_forward))
+        run_until_stopped(model, input_ids)
+    entering, leaving = ends
+    return Passage(entering=entering, leaving=leaving, calls=[call for call in calls if call is not None])
+
+
+@contextmanager
+def substituted(model: PreTrainedModel, window: Window, replacement: Sequence[nn.Module] = ()) -> Iterator[None]:
+    """The source model with `window` skipped, or its first layers standing aside for `replacement`, through hooks.
+
+    The window's own layers still run, with their own caches; what they return is discarded. This shares nothing
+    with the assembled model but the source, so it is the oracle that an assembled model is checked against.
+    """
+
+    def override(module: nn.Module | None) -> Callable[..., Any]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            hidden = _entering(args, kwargs)
+            if module is not None:
+                hidden = _call(args, kwargs).replay(module, hidden)
+            return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+        return hook
+
+    stand_ins = [*replacement, *[None] * (len(window) - len(replacement))]
+    handles = [
+        layers_of(model)[layer].register_forward_hook(override(module), with_kwargs=True)
+        for layer, module in zip(window.layers(), stand_ins, strict=True)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,217 @@
+"""What a saved model must compute, and the check that it does, in a fresh process.
+
+The oracle is the source model with the window skipped or replaced through hooks, cast to the saved number format;
+it shares nothing with the newly built model. (With a wrongly sliced config, a reloaded model equals the built one
+with error 0.0 and is wrong all the same.) Its prompts and logits stay in the folder, so that `verify` works later,
+without the source.
+
+Run as a module, `python -m llm_streamline.oracle FOLDER` makes the check with stock transformers and prints JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llm_streamline.errors import UserError
+from llm_streamline.records import Manifest, Verification
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PretrainedConfig, PreTrainedModel
+
+FOLDER = "verification"
+MANIFEST = "streamline.json"
+TOLERANCE = 1e-5  # largest difference of a logit, relative to the largest logit, in float32
+PROMPTS = 3
+PROMPT_TOKENS = 48
+NEW_TOKENS = 16
+KEPT_POSITIONS = 8  # logits of the last few positions: each depends on every token and layer before it
+LONGEST_PROMPT = 1024
+
+
+def record_oracle(model: PreTrainedModel, prompts: Tensor, folder: Path) -> None:
+    """Write prompts (P, T) and `model`'s logits on them (P, KEPT_POSITIONS, V), float32, for later checks."""
+    import torch
+    from safetensors.torch import save_file
+
+    with torch.no_grad():
+        logits = model(input_ids=prompts.long(), use_cache=False).logits[:, -KEPT_POSITIONS:].float()
+    (folder / FOLDER).mkdir(parents=True)
+    tensors = {"input_ids": prompts.long().contiguous(), "logits": logits.contiguous()}
+    save_file(tensors, folder / FOLDER / "oracle.safetensors")
+
+
+def prompt_length(config: PretrainedConfig, sliding_window: int | None) -> tuple[int, list[str]]:
+    """Tokens per prompt: past any sliding window where that can be run, and otherwise what the claim is limited to."""
+    context = int(getattr(config, "max_position_embeddings", None) or 2048)
+    longest = max(1, min(LONGEST_PROMPT, context - NEW_TOKENS))
+    wanted = max(PROMPT_TOKENS, (sliding_window or 0) + NEW_TOKENS)
+    if wanted <= longest or not sliding_window:
+        return min(wanted, longest), []
+    return longest, [f"checked with prompts of {longest} tokens, within the sliding window of {sliding_window}"]
+
+
+def verify(folder: Path | str, quiet: bool = False) -> Verification:
+    """Check a model folder made by this tool, in a fresh process. Errors: UserError where it is none.
+
+    `folder` is the model folder or the run folder around it.
+    """
+    model = model_folder(Path(folder))
+    environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "llm_streamline.oracle", str(model)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"the process ended with {done.returncode}"]
+        return _failed(f"the folder does not load in a fresh process: {lines[-1]}")
+    return Verification.model_validate_json(done.stdout.splitlines()[-1])
+
+
+def model_folder(folder: Path) -> Path:
+    """The folder with the model: `folder` or `folder/model`. Errors: UserError."""
+    for candidate in (folder, folder / "model"):
+        if (candidate / MANIFEST).is_file() and (candidate / FOLDER / "oracle.safetensors").is_file():
+            return candidate
+    raise UserError(
+        f"{folder} is no model made by llm-streamline ({MANIFEST} or {FOLDER}/ is missing); "
+        "give a run folder or its model/."
+    )
+
+
+def _failed(problem: str) -> Verification:
+    return Verification(
+        logits_error=float("inf"),
+        tolerance=TOLERANCE,
+        cached_equals_uncached=False,
+        parameters=0,
+        tensors=0,
+        problems=[problem],
+        limits=[],
+        versions=versions(),
+    )
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the result."""
+    import torch
+    import transformers
+
+    from llm_streamline import __version__
+
+    return {
+        "llm-streamline": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def check(folder: Path) -> Verification:
+    """Load `folder` with plain transformers, in float32, and hold it against its oracle and its manifest."""
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    manifest = Manifest.read(folder / MANIFEST)
+    oracle = load_file(folder / FOLDER / "oracle.safetensors")
+    model, loading = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    model.eval()
+    error = _logits_error(model, oracle)
+    cached = _generates_alike(model, oracle["input_ids"])
+    tensors = stored_tensors(folder)
+    problems = [
+        *_loading_problems(loading),
+        *_count_problems(model, manifest, tensors),
+        *_tokenizer_problems(folder),
+    ]
+    if not error <= TOLERANCE:  # also true of nan
+        problems.append(f"logits differ from the source's by {error:.2g} relative, over the tolerance of {TOLERANCE:g}")
+    if not cached:
+        problems.append("greedy generation with the cache differs from generation without it")
+    return Verification(
+        logits_error=error,
+        tolerance=TOLERANCE,
+        cached_equals_uncached=cached,
+        parameters=model.num_parameters(),
+        tensors=len(tensors),
+        problems=problems,
+        limits=manifest.limits,
+        versions=versions(),
+    )
+
+
+def _logits_error(model: PreTrainedModel, oracle: dict[str, Tensor]) -> float:
+    import torch
+
+    with torch.no_grad():
+        logits = model(input_ids=oracle["input_ids"], use_cache=False).logits[:, -KEPT_POSITIONS:]
+    difference = (logits - oracle["logits"]).abs().max() / oracle["logits"].abs().max()
+    return float(difference)
+
+
+def _generates_alike(model: PreTrainedModel, prompts: Tensor) -> bool:
+    """Whether greedy generation is the same with and without the cache."""
+    import torch
+
+    common: dict[str, Any] = {
+        "attention_mask": torch.ones_like(prompts),
+        "max_new_tokens": NEW_TOKENS,
+        "min_new_tokens": NEW_TOKENS,
+        "do_sample": False,
+        "pad_token_id": 0,
+    }
+    cached = model.generate(prompts, use_cache=True, **common)
+    return torch.equal(cached, model.generate(prompts, use_cache=False, **common))
+
+
+def _loading_problems(loading: dict[str, Any]) -> list[str]:
+    kinds = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+    return [
+        f"{kind.replace('_', ' ')} on loading: {sorted(map(str, loading[kind]))[:5]}"
+        for kind in kinds
+        if loading.get(kind)
+    ]
+
+
+def stored_tensors(folder: Path) -> list[str]:
+    """Names of the tensors in the folder's safetensors files."""
+    from safetensors import safe_open
+
+    names: list[str] = []
+    for shard in sorted(folder.glob("*.safetensors")):
+        with safe_open(shard, framework="pt") as tensors:
+            names += tensors.keys()
+    return names
+
+
+def _count_problems(model: PreTrainedModel, manifest: Manifest, tensors: list[str]) -> list[str]:
+    """Parameters and tensors against what was planned; a tied weight that is stored twice shows here."""
+    problems = []
+    if model.num_parameters() != manifest.plan.parameters_after:
+        problems.append(f"{model.num_parameters()} parameters where the plan says {manifest.plan.parameters_after}")
+    distinct = len({tensor.data_ptr() for tensor in model.state_dict().values()})
+    if len(tensors) != distinct:
+        problems.append(f"{len(tensors)} tensors are stored where the model has {distinct}")
+    return problems
+
+
+def _tokenizer_problems(folder: Path) -> list[str]:
+    """The saved tokenizer must make the ids that the source's made of the same words."""
+    from transformers import AutoTokenizer
+
+    sample = folder / FOLDER / "tokenizer.json"
+    if not sample.is_file():
+        return []
+    expected = json.loads(sample.read_text(encoding="utf-8"))
+    ids = AutoTokenizer.from_pretrained(folder)(expected["text"])["input_ids"]
+    return [] if ids == expected["ids"] else ["the saved tokenizer makes other ids than the source's"]
+
+
+if __name__ == "__main__":
+    print(check(Path(sys.argv[1])).model_dump_json())

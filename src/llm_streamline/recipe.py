@@ -1,0 +1,215 @@
+"""Recipe (what to make) and Runtime (how to make it): one schema each for YAML, flags, Python and the manifest."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from llm_streamline.errors import UserError
+from llm_streamline.records import Window
+
+_COUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([kmbt]?)", re.IGNORECASE)
+_SCALE = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
+
+
+def parse_count(value: Any) -> Any:
+    """'250k' -> 250000, '1.5M' -> 1500000; whole numbers pass through. Errors: ValueError for anything else."""
+    if value is None or isinstance(value, int):
+        return value
+    match = _COUNT.fullmatch(str(value).strip())
+    if not match:
+        raise ValueError(f"{value!r} is no count; write a whole number, or one with k, M or B, such as 250k")
+    return round(float(match[1]) * _SCALE[match[2].lower()])
+
+
+Count = Annotated[int, BeforeValidator(parse_count), Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class _Schema(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise UserError(_sentence(error, type(self))) from error
+
+
+class Recipe(_Schema):
+    """What to make. Two runs of one recipe on one machine give the same weights, bit for bit."""
+
+    model: str = Field(description="Folder or Hub name of the causal LM to shorten; 'bundled' is the demo model.")
+    data: tuple[str, ...] = Field(
+        (),
+        description="Text to measure and train on: .txt or .jsonl files, hub:NAME[:SPLIT] for a Hub data set, "
+        "or 'bundled'. Give it several times for several sources.",
+    )
+    field: str | None = Field(
+        None, description="The JSON field (or data-set column) that holds the text; found if not given."
+    )
+    preset: str | None = Field(
+        None,
+        description="A named set of values below: paper, paper-none or paper-random. What you give wins.",
+    )
+    remove: str | None = Field(
+        None, description="Net layers to remove: a number (8) or a share of the layers (25%). [default: 25%]"
+    )
+    window: str | None = Field(
+        None,
+        description="The layers to replace, 0-based and half-open: 21:30 is layers 21 to 29. Instead of --remove.",
+    )
+    max_params: Count | None = Field(
+        None,
+        description="Remove as few layers as bring the model to this many parameters, e.g. 5B. Instead of --remove.",
+    )
+    protect_first: int = Field(1, ge=0, description="How many first layers no window may take.")
+    protect_last: int = Field(1, ge=0, description="How many last layers no window may take.")
+    replace: str = Field(
+        "layer",
+        pattern=r"^(none|layer(:[1-9]\d*)?)$",
+        description="What stands in for the window: none, layer (one of the model's own), or layer:2 for two.",
+    )
+    init: Literal["inherited", "random"] = Field(
+        "inherited", description="Start of the replacement: the first pruned layers' weights, or random ones."
+    )
+    loss: Literal["nmse", "mse"] = Field(
+        "nmse",
+        description="Distillation loss on hidden states: nmse divides each token's squared error by its target's "
+        "squared norm; mse is the paper's Eq. 4.",
+    )
+    tokens: Count | None = Field(
+        None, description="Training tokens, e.g. 250k. [default: 1M, or what the text gives if that is less]"
+    )
+    calibration_tokens: Count = Field(2**17, description="Tokens on which similarity is measured.")
+    validation_tokens: Count = Field(2**15, description="Tokens held out to choose the best weights and report loss.")
+    block: Count | None = Field(None, description="Tokens per sequence. [default: the model's context, 2048 at most]")
+    batch: Count | None = Field(
+        None,
+        description="Sequences per micro-batch. [default: what memory allows, 250 steps and 16k tokens at most]",
+    )
+    accumulate: Count = Field(1, description="Micro-batches per optimizer step.")
+    lr: float | None = Field(
+        None,
+        gt=0,
+        description="Peak learning rate. [default: 1e-3 up to width 256, then falling with its square root]",
+    )
+    min_lr: float | None = Field(None, ge=0, description="Learning rate of the last step. [default: a tenth of --lr]")
+    weight_decay: float = Field(1e-3, ge=0, description="AdamW weight decay.")
+    warmup: Fraction = Field(0.01, description="Share of the steps in which the learning rate rises.")
+    clip: float = Field(5.0, gt=0, description="Largest gradient norm.")
+    seed: int = Field(0, ge=0, description="Seed of the text split, the training order and random starts.")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        None, description="Number format of the saved model. [default: the checkpoint's]"
+    )
+
+    @model_validator(mode="after")
+    def _one_target(self) -> Recipe:
+        given = [f"--{name.replace('_', '-')}" for name in ("remove", "window", "max_params") if getattr(self, name)]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} were given; give one of --remove, --window and --max-params")
+        if self.lr is not None and self.min_lr is not None and self.min_lr > self.lr:
+            raise ValueError(f"--min-lr {self.min_lr} is above --lr {self.lr}; give a smaller one")
+        if self.window is not None:
+            Window.parse(self.window)
+        return self
+
+    @property
+    def occupied(self) -> int:
+        """Layers occupied by the replacement: none 0, layer 1, layer:k k."""
+        if self.replace == "none":
+            return 0
+        return int(self.replace.partition(":")[2] or 1)
+
+
+class Runtime(_Schema):
+    """How to make it: nothing here changes what is asked for, though number formats change the last bits."""
+
+    output: Path | None = Field(None, description="The run folder; OUT/model is the HuggingFace folder.")
+    device: str = Field("auto", description="Where to compute: auto, cpu, cuda or cuda:N.")
+    compute: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="Number format to compute in; auto takes bfloat16 where the machine multiplies it fast.",
+    )
+    threads: int | None = Field(None, gt=0, description="CPU threads. [default: torch's choice]")
+    tracker: str | None = Field(
+        None,
+        description="Also log the training curve to an accelerate tracker: tensorboard, wandb, trackio, ...",
+    )
+    allow_pickle: bool = Field(False, description="Load a checkpoint in pickle form (it can run code).")
+    trust_remote_code: bool = Field(False, description="Run model code that comes with the checkpoint.")
+    dry_run: bool = Field(False, description="Print the plan and stop; write nothing.")
+    json_output: bool = Field(False, alias="json", description="Print the result as JSON on stdout.")
+    quiet: bool = Field(False, description="No progress on stderr.")
+    debug: bool = Field(False, description="Show the trace of an error.")
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {"replace": "layer", "init": "inherited"},
+    "paper-random": {"replace": "layer", "init": "random"},
+    "paper-none": {"replace": "none"},
+}
+# method.md section 2: the authors' settings. Batch and steps stay ours, so that no preset is starved.
+_PAPER = {
+    "loss": "mse",
+    "lr": 2e-4,
+    "min_lr": 5e-5,
+    "weight_decay": 1e-3,
+    "warmup": 0.01,
+    "clip": 5.0,
+    "protect_first": 0,
+    "protect_last": 0,
+}
+
+
+def make_recipe(values: dict[str, Any], file: Path | None = None) -> Recipe:
+    """A Recipe from a preset, then a YAML file, then `values`: the later one wins. Errors: UserError."""
+    merged = {**(read_yaml(file) if file else {}), **values}
+    preset = merged.get("preset")
+    if preset is None:
+        return Recipe(**merged)
+    if preset not in PRESETS:
+        raise UserError(f"preset {preset!r} is not known; choose one of {', '.join(PRESETS)}.")
+    return Recipe(**{**_PAPER, **PRESETS[preset], **merged})
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"recipe {file} cannot be read ({reason}); give a YAML file of `key: value` lines.") from error
+    if not isinstance(values, dict):
+        raise UserError(f"recipe {file} holds no `key: value` lines; write for example `model: path/to/model`.")
+    return values
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The fields that were given, in the schema's order; reads back as an equal recipe."""
+    return yaml.safe_dump(recipe.model_dump(mode="json", exclude_unset=True), sort_keys=False)
+
+
+def changed_keys(old: Recipe, new: Recipe) -> list[str]:
+    """The fields in which two recipes differ, as flags."""
+    pairs = zip(old.model_dump().items(), new.model_dump().values(), strict=True)
+    return [f"--{key.replace('_', '-')}" for (key, before), after in pairs if before != after]
+
+
+def _sentence(error: ValidationError, schema: type[BaseModel]) -> str:
+    """The first of pydantic's complaints, in one sentence that names the field as users know it."""
+    problem = error.errors()[0]
+    key = str(problem["loc"][0]) if problem["loc"] else ""
+    if problem["type"] == "extra_forbidden":
+        nearest = difflib.get_close_matches(key, schema.model_fields, n=1, cutoff=0.0)[0]
+        return f"key {key!r} is not known; the nearest is {nearest!r}: correct or remove it."
+    reason = problem["msg"].removeprefix("Value error, ")
+    if not key:
+        return f"{reason}."
+    help_text = (schema.model_fields[key].description or "").split(" [default")[0]
+    flag = f"--{key.replace('_', '-')}"
+    return f"{flag} was given {problem['input']!r} ({reason}); it takes: {help_text}"

@@ -1,0 +1,240 @@
+"""What stages hand to each other: frozen, checked, JSON in and out. Positions travel only as these records."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict
+
+from llm_streamline.errors import UserError
+from llm_streamline.files import write_text
+
+Matrix = list[list[float]]
+R = TypeVar("R", bound="Record")
+
+
+class Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def write(self, path: Path) -> None:
+        write_text(path, self.model_dump_json(indent=1) + "\n")
+
+    @classmethod
+    def read(cls: type[R], path: Path) -> R:
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except ValueError as error:
+            raise UserError(f"{path} is damaged; delete it and repeat the command to make it anew.") from error
+
+
+class Window(Record):
+    """A half-open run of layers [start, stop), 0-based; equally, the boundaries start and stop."""
+
+    start: int
+    stop: int
+
+    def __str__(self) -> str:
+        return f"{self.start}:{self.stop}"
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def layers(self) -> range:
+        return range(self.start, self.stop)
+
+    @classmethod
+    def parse(cls, text: str) -> Window:
+        """'21:30' -> layers 21 to 29. Errors: ValueError."""
+        first, colon, last = text.partition(":")
+        if not (colon and first.strip().isdigit() and last.strip().isdigit() and int(first) < int(last)):
+            raise ValueError(
+                f"--window {text} is no run of layers; write it as first:end, such as 21:30 for layers 21 to 29"
+            )
+        return cls(start=int(first), stop=int(last))
+
+
+class Similarity(Record):
+    """How alike the hidden states at every two boundaries are; L layers have boundaries 0..L.
+
+    `cosine[i][j]` is the paper's Eq. 1 between boundaries i and j: the mean over sequences of the mean over tokens.
+    `relative_change[i][j]` is the mean of ||x_j - x_i|| / ||x_i||. Each has its standard error over sequences.
+    """
+
+    num_layers: int
+    sequences: int
+    tokens: int
+    cosine: Matrix
+    cosine_se: Matrix
+    relative_change: Matrix
+    relative_change_se: Matrix
+
+    def of(self, window: Window) -> float:
+        return self.cosine[window.start][window.stop]
+
+    def error_of(self, window: Window) -> float:
+        return self.cosine_se[window.start][window.stop]
+
+    def change_of(self, window: Window) -> float:
+        return self.relative_change[window.start][window.stop]
+
+    def windows(self, length: int, protect_first: int = 0, protect_last: int = 0) -> list[Window]:
+        """Every window of `length` layers between the protected ends, the most similar first."""
+        starts = range(protect_first, self.num_layers - protect_last - length + 1)
+        windows = [Window(start=start, stop=start + length) for start in starts]
+        return sorted(windows, key=self.of, reverse=True)
+
+
+class ModelShape(Record):
+    """The counts a plan is made of, in parameters (tied ones once)."""
+
+    name: str
+    model_type: str
+    total: int
+    layers: list[int]
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+
+class LayerPlan(Record):
+    """The decision: which window goes, what stands in for it, and why."""
+
+    model: str
+    model_type: str
+    num_layers: int
+    window: Window
+    replace: str
+    occupied: int
+    parameters_before: int
+    parameters_after: int
+    similarity: float
+    similarity_se: float
+    plain_window: Window
+    why: str
+
+    @property
+    def net(self) -> int:
+        """Net layers removed: the window's length minus the layers its replacement occupies."""
+        return len(self.window) - self.occupied
+
+    def sources(self) -> list[int]:
+        """Per new layer the source layer it takes its weights (or its replacement's start) from."""
+        before, after = range(self.window.start), range(self.window.stop, self.num_layers)
+        return [*before, *self.replaced(), *after]
+
+    def replaced(self) -> range:
+        """The source layers whose places the replacement's layers take: the first ones of the window."""
+        return range(self.window.start, self.window.start + self.occupied)
+
+    def layer_map(self) -> list[int | str]:
+        """Per new layer the old number, or the window it stands for."""
+        return [str(self.window) if source in self.window.layers() else source for source in self.sources()]
+
+    def __str__(self) -> str:
+        layers = {0: "nothing", 1: "1 layer"}.get(self.occupied, f"{self.occupied} layers")
+        return f"layers {self.window} ({len(self.window)}) of {self.num_layers} -> {layers}, net {self.net}"
+
+
+class Point(Record):
+    """One point of the training curve; `loss` is the mean since the point before."""
+
+    step: int
+    tokens: int
+    lr: float
+    loss: float
+
+
+class Check(Record):
+    """One validation during training, at the end of `step` optimizer steps."""
+
+    step: int
+    loss: float
+
+
+class Fit(Record):
+    """What training did. `best_step` 0 is the replacement as it started."""
+
+    loss: str
+    steps: int
+    tokens: int
+    batch: int
+    accumulate: int
+    block: int
+    lr: float
+    min_lr: float
+    last_lr: float
+    validation_before: float
+    validation_best: float
+    best_step: int
+    trained_parameters: int
+    seconds: float
+    tokens_per_second: float
+    device: str
+    compute: str
+    threads: int
+    curve: list[Point]
+    validation: list[Check]
+
+
+class Loss(Record):
+    """Mean next-token loss in nats per token, with its standard error over sequences."""
+
+    nats: float
+    se: float
+    tokens: int
+    sequences: int
+
+
+class Scores(Record):
+    """Held-out loss on the validation part: the source, the source cut to the same depth, and the saved model."""
+
+    dense: Loss
+    cut: Loss
+    saved: Loss
+
+    def excess(self, which: Loss) -> float:
+        return which.nats - self.dense.nats
+
+
+class Verification(Record):
+    """What a fresh process found in a saved folder. `problems` empty means verified; `limits` bound the claim."""
+
+    logits_error: float
+    tolerance: float
+    cached_equals_uncached: bool
+    parameters: int
+    tensors: int
+    problems: list[str]
+    limits: list[str]
+    versions: dict[str, str]
+
+    @property
+    def passed(self) -> bool:
+        return not self.problems
+
+
+class Manifest(Record):
+    """Everything needed to say how a model folder was made; lies in it as `streamline.json`."""
+
+    command: str
+    recipe: dict[str, Any]
+    plan: LayerPlan
+    layer_map: list[int | str]
+    tensors: dict[str, int]
+    limits: list[str] = []
+    fit: Fit | None
+    data: dict[str, Any]
+    versions: dict[str, str]
+    verification: Verification | None = None
+
+
+class Result(Record):
+    """What `compress` hands back; every part of it also lies in the run folder."""
+
+    plan: LayerPlan
+    fit: Fit | None
+    scores: Scores
+    verification: Verification
+    model: str

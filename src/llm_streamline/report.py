@@ -1,0 +1,183 @@
+"""Figures and tables of a run: what people would rather look at than read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llm_streamline.files import atomic
+from llm_streamline.records import Fit, LayerPlan, Scores, Similarity, Verification, Window
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from rich.table import Table
+
+USUAL_SHARES = (0.125, 0.25, 0.375, 0.5)
+
+
+def layer_table(similarity: Similarity) -> Table:
+    """One line per layer: how alike its input and output are, and by how much it changes the hidden state."""
+    table = _table("layer", "cosine", "standard error", "relative change")
+    for layer in range(similarity.num_layers):
+        window = Window(start=layer, stop=layer + 1)
+        cosine, error = similarity.of(window), similarity.error_of(window)
+        table.add_row(str(layer), f"{cosine:.4f}", f"{error:.4f}", f"{similarity.change_of(window):.4f}")
+    return table
+
+
+def window_table(similarity: Similarity, protect_first: int, protect_last: int, best: int = 3) -> Table:
+    """The most similar windows of the usual lengths, away from the protected ends."""
+    table = _table("length", "window", "cosine", "standard error", "relative change")
+    for length in usual_lengths(similarity.num_layers):
+        for rank, window in enumerate(similarity.windows(length, protect_first, protect_last)[:best]):
+            cosine, error = similarity.of(window), similarity.error_of(window)
+            name = f"{length} ({length / similarity.num_layers:.0%})" if rank == 0 else ""
+            table.add_row(name, str(window), f"{cosine:.4f}", f"{error:.4f}", f"{similarity.change_of(window):.4f}")
+    return table
+
+
+def usual_lengths(num_layers: int) -> list[int]:
+    """An eighth to half of the layers, each length once."""
+    return sorted({max(1, int(share * num_layers + 0.5)) for share in USUAL_SHARES})
+
+
+def summary_table(plan: LayerPlan, fit: Fit | None, scores: Scores) -> Table:
+    """What was removed, what it cost and what the replacement brought back."""
+    table = _table("model", "layers", "parameters", "held-out loss", "excess, nats")
+    cut_parameters = "" if fit else f"{plan.parameters_after:,}"
+    rows = (
+        ("dense", plan.num_layers, f"{plan.parameters_before:,}", scores.dense),
+        (f"cut {plan.plain_window}", plan.num_layers - len(plan.plain_window), cut_parameters, scores.cut),
+        ("saved", plan.num_layers - plan.net, f"{plan.parameters_after:,}", scores.saved),
+    )
+    for name, layers, parameters, loss in rows:
+        excess = "" if loss is scores.dense else f"{scores.excess(loss):+.4f}"
+        table.add_row(name, str(layers), parameters, f"{loss.nats:.4f} ± {loss.se:.4f}", excess)
+    return table
+
+
+def summary_lines(plan: LayerPlan, fit: Fit | None, verification: Verification, folder: Path) -> list[str]:
+    """The lines after the table: parameters, training, verification, path."""
+    saved = plan.parameters_before - plan.parameters_after
+    share = saved / plan.parameters_before
+    lines = [
+        f"removed   {plan}",
+        f"parameters {plan.parameters_before:,} -> {plan.parameters_after:,} ({saved:,} fewer, {share:.1%})",
+    ]
+    if fit:
+        lines.append(
+            f"trained   {fit.trained_parameters:,} parameters on {fit.tokens:,} tokens in {fit.steps} steps; "
+            f"{fit.loss} {fit.validation_before:.5f} -> {fit.validation_best:.5f} (step {fit.best_step})"
+        )
+    lines.append(
+        f"verified  in a fresh process: logits within {verification.logits_error:.1e}, cached = uncached generation, "
+        f"{verification.tensors} tensors, {verification.parameters:,} parameters"
+    )
+    lines += [f"limit     {limit}" for limit in verification.limits]
+    return [*lines, f"model     {folder}"]
+
+
+def _table(*columns: str) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
+    return table
+
+
+def draw_similarity(similarity: Similarity, path: Path, chosen: Window | None = None) -> None:
+    """The paper's Figure 2: cosine between each layer's input and output, with its standard error."""
+    figure, axes = _figure(width=7.0, height=3.6)
+    layers = range(similarity.num_layers)
+    windows = [Window(start=layer, stop=layer + 1) for layer in layers]
+    cosines = [similarity.of(window) for window in windows]
+    errors = [similarity.error_of(window) for window in windows]
+    if chosen is not None:
+        axes.axvspan(chosen.start - 0.5, chosen.stop - 0.5, color="tab:orange", alpha=0.25, label=f"window {chosen}")
+        axes.legend(loc="lower right")
+    axes.errorbar(layers, cosines, yerr=errors, marker="o", markersize=4, linewidth=1.2, capsize=2)
+    axes.set(
+        xlabel="layer",
+        ylabel="cosine of its input and output",
+        title="How little each layer changes the hidden state",
+    )
+    axes.locator_params(axis="x", integer=True)
+    axes.grid(alpha=0.3)
+    _save(figure, path)
+
+
+def draw_heat_map(similarity: Similarity, path: Path, chosen: Window | None = None) -> None:
+    """Cosine similarity of every window, by its first layer and its length."""
+    import numpy as np
+
+    count = similarity.num_layers
+    values = np.full((count, count), np.nan)
+    for length in range(1, count + 1):
+        for window in similarity.windows(length):
+            values[length - 1, window.start] = similarity.of(window)
+    figure, axes = _figure(width=6.2, height=5.2)
+    image = axes.imshow(
+        values, origin="lower", aspect="auto", cmap="viridis", extent=(-0.5, count - 0.5, 0.5, count + 0.5)
+    )
+    figure.colorbar(image, ax=axes, label="cosine")
+    if chosen is not None:
+        label = f"window {chosen}"
+        axes.plot(
+            chosen.start,
+            len(chosen),
+            marker="o",
+            markersize=11,
+            mfc="none",
+            mec="red",
+            mew=2,
+            ls="",
+            label=label,
+        )
+        axes.legend(loc="upper right")
+    axes.set(
+        xlabel="first layer of the window",
+        ylabel="layers in the window",
+        title="Similarity of every window's ends",
+    )
+    axes.locator_params(integer=True)
+    _save(figure, path)
+
+
+def draw_training(fit: Fit, path: Path) -> None:
+    """The paper's Figure 3: distillation loss over training, and the validation checks."""
+    figure, axes = _figure(width=7.0, height=3.6)
+    per_step = fit.tokens / fit.steps / 1e3
+    axes.plot([p.tokens / 1e3 for p in fit.curve], [p.loss for p in fit.curve], linewidth=1.0, label="training")
+    axes.plot(
+        [c.step * per_step for c in fit.validation],
+        [c.loss for c in fit.validation],
+        "o-",
+        label="validation",
+    )
+    axes.plot(fit.best_step * per_step, fit.validation_best, "*", markersize=13, color="tab:green", label="kept")
+    axes.set(
+        xlabel="thousand tokens",
+        ylabel=f"distillation loss ({fit.loss})",
+        yscale="log",
+        title="Training the replacement",
+    )
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    _save(figure, path)
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.add_subplot()
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with atomic(path) as temporary:
+        figure.savefig(temporary, format="png")

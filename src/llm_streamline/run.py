@@ -1,0 +1,187 @@
+"""The pipeline: stages in order, done stages skipped. `compress` is the table of contents of the package."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+
+from llm_streamline import checkpoint, report
+from llm_streamline.analyze import analyze
+from llm_streamline.assemble import Parts as ModelParts
+from llm_streamline.assemble import assemble
+from llm_streamline.choose import check_request, choose
+from llm_streamline.errors import UserError
+from llm_streamline.evaluate.perplexity import next_token_loss
+from llm_streamline.files import atomic
+from llm_streamline.forward import substituted
+from llm_streamline.oracle import MANIFEST, versions
+from llm_streamline.progress import say
+from llm_streamline.recipe import Recipe, Runtime
+from llm_streamline.records import Fit, LayerPlan, Manifest, Result, Scores, Similarity, Verification
+from llm_streamline.replacement import ReplacementLayers, build_replacement
+from llm_streamline.text import shuffled
+from llm_streamline.train import Settings, Track, Trainer
+from llm_streamline.workspace import RunFolder, Workspace
+
+FORWARD_TOKENS = 4096  # per batch, where nothing is trained
+LOSS_TOKENS = 2048  # per batch, where logits over the whole vocabulary are held
+
+
+def compress(recipe: Recipe, runtime: Runtime | None = None) -> Result:
+    """Find the redundant layers, remove them, train their replacement, write a verified HuggingFace folder.
+
+    Returns what lies in `runtime.output`. Errors: UserError before anything is written where the recipe cannot be
+    followed; VerificationError where the result does not compute what it should.
+    """
+    runtime = runtime or Runtime()
+    folder = RunFolder.open(runtime.output, recipe)
+    work = Workspace(recipe, runtime)
+    check_request(work.shape, recipe)
+    similarity = folder.stage("similarity.json", Similarity, lambda: measure(work))
+    plan = folder.stage("plan.json", LayerPlan, lambda: choose(similarity, work.shape, recipe))
+    say(describe(plan), runtime.quiet)
+    draw_choice(similarity, plan, folder)
+    fit = train_replacement(work, plan, folder)
+    verification = assemble_model(work, plan, fit, folder)
+    scores = folder.stage("scores.json", Scores, lambda: score(work, plan, folder))
+    model = str(folder.path / "model")
+    return Result(plan=plan, fit=fit, scores=scores, verification=verification, model=model)
+
+
+def plan_only(recipe: Recipe, runtime: Runtime) -> LayerPlan:
+    """The plan that `compress` would follow; nothing is written."""
+    if runtime.output is not None:
+        RunFolder.open(runtime.output, recipe)
+    work = Workspace(recipe, runtime)
+    check_request(work.shape, recipe)
+    return choose(measure(work), work.shape, recipe)
+
+
+def describe(plan: LayerPlan) -> str:
+    return (
+        f"{plan}: {plan.why}\nparameters {plan.parameters_before:,} -> {plan.parameters_after:,} "
+        f"({1 - plan.parameters_after / plan.parameters_before:.1%} fewer)"
+    )
+
+
+def measure(work: Workspace) -> Similarity:
+    """Stage 1: the similarity of every window on the calibration part."""
+    calibration = work.parts.calibration  # read before the model, so that unusable text is refused first
+    return analyze(work.model, calibration, work.batch(FORWARD_TOKENS), quiet=work.runtime.quiet)
+
+
+def draw_choice(similarity: Similarity, plan: LayerPlan, folder: RunFolder) -> None:
+    if not folder.has("similarity.png"):
+        report.draw_similarity(similarity, folder.file("similarity.png"), plan.window)
+    if not folder.has("heat-map.png"):
+        report.draw_heat_map(similarity, folder.file("heat-map.png"), plan.window)
+
+
+def train_replacement(work: Workspace, plan: LayerPlan, folder: RunFolder) -> Fit | None:
+    """Stage 3: `replacement/` with the trained weights, their Fit and its figure; None where nothing is trained."""
+    if not plan.occupied:
+        return None
+    if folder.has("replacement"):
+        return Fit.read(folder.file("replacement/fit.json"))
+    recipe, training = work.recipe, shuffled(work.parts.training, work.recipe.seed)
+    replacement = build_replacement(work.model, plan.replaced(), recipe.init, recipe.seed).to(work.device)
+    settings = Settings.resolve(recipe, training, work.config.hidden_size, work.bfloat16)
+    with tracking(work) as track, atomic(folder.file("replacement")) as temporary:
+        trainer = Trainer(work.model, plan.window, replacement, settings, work.runtime.quiet, track)
+        fit = trainer.fit(training, work.parts.validation)
+        temporary.mkdir()
+        save_file(replacement.state_dict(), temporary / "replacement.safetensors")
+        report.draw_training(fit, temporary / "training.png")
+        fit.write(temporary / "fit.json")
+    return fit
+
+
+@contextmanager
+def tracking(work: Workspace) -> Iterator[Track]:
+    """Log the curve to an accelerate tracker where one was asked for."""
+    name = work.runtime.tracker
+    if name is None:
+        yield lambda values, step: None
+        return
+    from accelerate import Accelerator
+
+    folder = work.runtime.output or Path()
+    try:
+        accelerator = Accelerator(log_with=name, project_dir=str(folder), cpu=work.device == "cpu")
+        accelerator.init_trackers("tracking", config=flat(work.recipe))
+    except (ValueError, ImportError) as error:
+        raise UserError(
+            f"--tracker {name} cannot be used ({str(error).splitlines()[0]}); install it or leave it out."
+        ) from error
+    if not accelerator.trackers:
+        raise UserError(f"--tracker {name} is not installed; install it, for example with 'llm-streamline[track]'.")
+    yield lambda values, step: accelerator.log(values, step=step)
+    accelerator.end_training()
+
+
+def flat(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as trackers take it: numbers and words only."""
+    values = recipe.model_dump(exclude_none=True).items()
+    return {key: value if isinstance(value, (int, float, str)) else " ".join(map(str, value)) for key, value in values}
+
+
+def assemble_model(work: Workspace, plan: LayerPlan, fit: Fit | None, folder: RunFolder) -> Verification:
+    """Stage 4: `model/`, which appears only when verified."""
+    target = folder.file("model")
+    if folder.has("model"):
+        verification = Manifest.read(target / MANIFEST).verification
+        assert verification is not None  # written before the folder got its name
+        return verification
+    say("assembling and verifying in a fresh process", work.runtime.quiet)
+    source = work.model_as_saved()
+    replacement = load_replacement(work, plan, folder) if plan.occupied else ReplacementLayers()
+    parts = ModelParts(source, plan, replacement, work.tokenizer)
+    manifest = Manifest(
+        command=shlex.join(["llm-streamline", *sys.argv[1:]]),
+        recipe=work.recipe.model_dump(mode="json", exclude_none=True),
+        plan=plan,
+        layer_map=plan.layer_map(),
+        tensors={},
+        fit=fit,
+        data=work.parts.summary(),
+        versions=versions(),
+    )
+    return assemble(parts, work.dtype, work.parts.validation, manifest, target)
+
+
+def load_replacement(work: Workspace, plan: LayerPlan, folder: RunFolder) -> ReplacementLayers:
+    replacement = build_replacement(work.model, plan.replaced(), "inherited", work.recipe.seed).cpu()
+    replacement.load_state_dict(load_file(folder.file("replacement/replacement.safetensors")))
+    return replacement.requires_grad_(False)
+
+
+def score(work: Workspace, plan: LayerPlan, folder: RunFolder) -> Scores:
+    """Stage 5: held-out loss of the source, of the source cut to the same depth, and of the saved, cast model."""
+    blocks, batch, quiet = work.parts.validation, work.batch(LOSS_TOKENS), work.runtime.quiet
+    dense = next_token_loss(work.model, blocks, batch, "the dense model", quiet)
+    with substituted(work.model, plan.plain_window):
+        cut = next_token_loss(work.model, blocks, batch, "the merely cut model", quiet)
+    saved_model = work.load(checkpoint.Source(str(folder.path / "model")))
+    saved = next_token_loss(saved_model, blocks, batch, "the saved model", quiet)
+    return Scores(dense=dense, cut=cut, saved=saved)
+
+
+def analyze_model(recipe: Recipe, runtime: Runtime) -> tuple[Similarity, Path]:
+    """`similarity.json` and its figures in a folder of their own. Errors: UserError for a folder that is not ours."""
+    folder = runtime.output or Path(f"{Path(recipe.model).name}-analysis")
+    if folder.exists() and (not folder.is_dir() or set(p.name for p in folder.iterdir()) - ANALYSIS_FILES):
+        raise UserError(f"-o {folder} holds other things than an analysis; give a folder that is new or empty.")
+    similarity = measure(Workspace(recipe, runtime))
+    similarity.write(folder / "similarity.json")
+    report.draw_similarity(similarity, folder / "similarity.png")
+    report.draw_heat_map(similarity, folder / "heat-map.png")
+    return similarity, folder
+
+
+ANALYSIS_FILES = {"similarity.json", "similarity.png", "heat-map.png"}

@@ -1,0 +1,136 @@
+"""Text -> blocks of token ids: three disjoint, seeded parts for calibration, training and validation.
+
+Documents are dealt to the parts whole, so that no part has read the other's text; within a part they follow one
+another, ended by the tokenizer's end token, and are cut into full blocks. Nothing is padded.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain, islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llm_streamline.errors import UserError
+from llm_streamline.files import sha256
+from llm_streamline.progress import progress
+from llm_streamline.recipe import Recipe
+from llm_streamline.sources import Documents
+
+DEFAULT_TOKENS = 1_000_000
+LARGEST_BLOCK = 2048
+SMALL_SHARE = 0.1  # of the text, at most, for calibration and for validation each
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Token ids in full blocks, (N, T) int32 each. `calibration` chooses, `training` trains, `validation` judges."""
+
+    calibration: Tensor
+    training: Tensor
+    validation: Tensor
+
+    def summary(self) -> dict[str, Any]:
+        """Blocks, tokens and the hash of each part: what a manifest says of the data."""
+        parts = {"calibration": self.calibration, "training": self.training, "validation": self.validation}
+        return {
+            name: {"blocks": len(part), "tokens": part.numel(), "sha256": sha256(part.numpy().data)}
+            for name, part in parts.items()
+        }
+
+
+def block_length(recipe: Recipe, context: int) -> int:
+    """Tokens per block: what was asked for, or min(2048, the model's context). Errors: UserError past the context."""
+    if recipe.block is not None and recipe.block > context:
+        raise UserError(
+            f"--block {recipe.block} is longer than the model's context of {context}; give at most {context}."
+        )
+    return recipe.block or min(LARGEST_BLOCK, context)
+
+
+def read_parts(recipe: Recipe, tokenizer: Any, context: int, quiet: bool = False) -> Parts:
+    """The three parts that `recipe` asks for. Errors: UserError where the text is unusable or too short."""
+    documents = Documents.open(recipe.data, recipe.field, recipe.seed)
+    block = block_length(recipe, context)
+    stream = iter(_tokenized(documents, tokenizer))
+    head = list(islice(stream, 64))
+    total = _expected_tokens(head, documents)
+    small = int(SMALL_SHARE * total) if total is not None else recipe.calibration_tokens
+    wanted = {
+        "validation": max(block, min(recipe.validation_tokens, small)),
+        "calibration": max(2 * block, min(recipe.calibration_tokens, small)),
+        "training": 0 if recipe.replace == "none" else recipe.tokens or DEFAULT_TOKENS,
+    }
+    packer, rest = _Packer(block), chain(head, stream)
+    with progress("reading text", sum(wanted.values()), quiet) as advance:
+        filled = {name: packer.fill(rest, tokens, advance) for name, tokens in wanted.items()}
+    _check_enough(filled, recipe, block)
+    return Parts(**filled)
+
+
+def _tokenized(documents: Iterable[str], tokenizer: Any) -> Iterator[np.ndarray]:
+    """Each document's token ids, ended by the tokenizer's end token."""
+    end = tokenizer.eos_token_id
+    iterator = iter(documents)
+    while batch := list(islice(iterator, 64)):
+        # verbose=False: a document longer than the context is cut into blocks here, so the warning would mislead
+        for ids in tokenizer(batch, verbose=False)["input_ids"]:
+            if end is not None and (not ids or ids[-1] != end):
+                ids = [*ids, end]
+            yield np.asarray(ids, dtype=np.int32)
+
+
+def _expected_tokens(head: list[np.ndarray], documents: Documents) -> float | None:
+    """About how many tokens the text gives, from its first documents; None where its size is not known."""
+    if documents.count is None or not head:
+        return None
+    return documents.count * sum(len(ids) for ids in head) / len(head)
+
+
+class _Packer:
+    """Cuts a stream of documents into full blocks; what a part leaves of its last document is dropped."""
+
+    def __init__(self, block: int) -> None:
+        self.block = block
+
+    def fill(self, documents: Iterator[np.ndarray], tokens: int, advance: Any) -> Tensor:
+        """(N, block) int32 with the most full blocks that fit in `tokens`, fewer where the documents end."""
+        wanted = tokens // self.block * self.block
+        pieces: list[np.ndarray] = []
+        have = 0
+        while have < wanted and (ids := next(documents, None)) is not None:
+            pieces.append(ids[: wanted - have])
+            have += len(pieces[-1])
+            advance(len(pieces[-1]), "tokens")
+        flat = np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int32)
+        full = len(flat) // self.block * self.block
+        return torch.from_numpy(flat[:full].reshape(-1, self.block))
+
+
+def _check_enough(filled: dict[str, Tensor], recipe: Recipe, block: int) -> None:
+    """Errors: UserError where a part has too few blocks, or an explicit --tokens exceeds the text."""
+    need = {"calibration": 2, "validation": 1, "training": 0 if recipe.replace == "none" else 1}
+    for name, blocks in need.items():
+        if len(filled[name]) < blocks:
+            raise UserError(
+                f"the text gives {len(filled[name])} blocks of {block} tokens for {name} and {blocks} are needed; "
+                "give more text with --data or a smaller --block."
+            )
+    have = filled["training"].numel()
+    if recipe.tokens and recipe.replace != "none" and have < recipe.tokens // block * block:
+        raise UserError(
+            f"--tokens {recipe.tokens} is more than the {have} training tokens that the text gives; "
+            "give more text with --data or fewer --tokens."
+        )
+
+
+def shuffled(blocks: Tensor, seed: int) -> Tensor:
+    """The blocks in the order in which training takes them."""
+    order = list(range(len(blocks)))
+    random.Random(seed).shuffle(order)
+    return blocks[order]
