@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may reach a network
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+
+from tests import tiny
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Real models, text and reference numbers that live beside the repository."""
+    if not (SHARED / "golden").is_dir():
+        pytest.skip(f"{SHARED} with the reference numbers is not here")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.make_folder(tmp_path_factory.mktemp("models") / "llama", "llama")
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_jsonl(tmp_path_factory.mktemp("text") / "text.jsonl", tiny.make_documents(300))

@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import pytest
+
+from llm_streamline.choose import check_request, choose
+from llm_streamline.errors import UserError
+from llm_streamline.recipe import Recipe
+from llm_streamline.records import ModelShape, Similarity, Window
+
+LAYERS = 8
+SHAPE = ModelShape(name="m", model_type="llama", total=100 + 10 * LAYERS, layers=[10] * LAYERS)
+
+
+def similarity(best: dict[int, int] | None = None, layers: int = LAYERS) -> Similarity:
+    """Cosine falls with the window's length; windows of length n that start at best[n] are the most similar."""
+    size = range(layers + 1)
+    cosine = [[1 - 0.01 * abs(j - i) + 0.005 * ((best or {}).get(j - i) == i) for j in size] for i in size]
+    zero = [[0.0 for _ in size] for _ in size]
+    return Similarity(
+        num_layers=layers, sequences=2, tokens=8, cosine=cosine, cosine_se=zero, relative_change=zero, relative_change_se=zero
+    )
+
+
+def plan(**recipe):
+    return choose(similarity({3: 3, 2: 5, 4: 2}), SHAPE, Recipe(model="m", **recipe))
+
+
+def test_a_layer_replaces_a_window_one_longer_than_what_is_removed():
+    found = plan(remove="2")
+    assert (found.window.start, found.window.stop, found.net) == (3, 6, 2)
+    assert str(found) == "layers 3:6 (3) of 8 -> 1 layer, net 2"
+    assert found.layer_map() == [0, 1, 2, "3:6", 6, 7]
+    assert found.sources() == [0, 1, 2, 3, 6, 7]
+    assert found.parameters_after == SHAPE.total - 20
+    assert found.plain_window == Window(start=5, stop=7)
+
+
+def test_two_layers_and_none():
+    two = plan(remove="2", replace="layer:2")
+    assert (two.window, two.net, two.layer_map()) == (Window(start=2, stop=6), 2, [0, 1, "2:6", "2:6", 6, 7])
+    none = plan(remove="2", replace="none")
+    assert none.window == none.plain_window == Window(start=5, stop=7)
+    assert none.layer_map() == [0, 1, 2, 3, 4, 7]
+
+
+@pytest.mark.parametrize(("share", "net"), [("25%", 2), ("31%", 2), ("31.25%", 3), ("12.5%", 1), ("6.25%", 1)])
+def test_a_percentage_is_of_all_layers_rounded_half_up(share, net):
+    assert plan(remove=share).net == net
+
+
+def test_a_quarter_is_the_default():
+    assert plan().net == 2
+
+
+def test_protected_ends_are_never_taken_unless_told_otherwise():
+    best_at_the_ends = similarity({3: 0, 2: 6})
+    recipe = Recipe(model="m", remove="2", replace="none")
+    assert choose(best_at_the_ends, SHAPE, recipe).window.stop < LAYERS
+    free = Recipe(model="m", remove="2", replace="none", protect_first=0, protect_last=0)
+    assert choose(best_at_the_ends, SHAPE, free).window == Window(start=6, stop=8)
+
+
+def test_max_params_takes_the_fewest_layers_that_fit():
+    assert plan(max_params=SHAPE.total - 20).net == 2
+    assert plan(max_params=SHAPE.total - 19).net == 2
+    assert plan(max_params=SHAPE.total - 21).net == 3
+
+
+def test_a_given_window_is_taken_and_compared_with_the_best_cut_inside_it():
+    found = plan(window="2:6")
+    assert (found.window, found.net) == (Window(start=2, stop=6), 3)
+    assert found.plain_window == Window(start=3, stop=6)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        ({"remove": "8"}, "leaves no layer of 8; give at most 5"),
+        ({"remove": "100%"}, "leaves no layer"),
+        ({"remove": "6"}, "would take the protected ends; remove at most 5 net"),
+        ({"remove": "0"}, "removes none"),
+        ({"remove": "some"}, "is no number of layers"),
+        ({"remove": "2.5"}, "is no number of layers"),
+        ({"window": "0:3"}, "takes protected layers; give one within 1:7"),
+        ({"window": "5:8"}, "takes protected layers"),
+        ({"window": "5:9"}, "ends past the model's 8 layers"),
+        ({"window": "5:6"}, "so nothing is removed"),
+        ({"window": "0:8", "replace": "none", "protect_first": 0, "protect_last": 0}, "leaves no layer"),
+        ({"max_params": 110}, "cannot be reached: without the layers that may go, m still has 130 parameters"),
+    ],
+)
+def test_what_no_window_can_give_is_refused_before_anything_is_measured(recipe, words):
+    with pytest.raises(UserError, match=words):
+        check_request(SHAPE, Recipe(model="m", **recipe))
