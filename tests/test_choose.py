@@ -17,7 +17,13 @@ def similarity(best: dict[int, int] | None = None, layers: int = LAYERS) -> Simi
     cosine = [[1 - 0.01 * abs(j - i) + 0.005 * ((best or {}).get(j - i) == i) for j in size] for i in size]
     zero = [[0.0 for _ in size] for _ in size]
     return Similarity(
-        num_layers=layers, sequences=2, tokens=8, cosine=cosine, cosine_se=zero, relative_change=zero, relative_change_se=zero
+        num_layers=layers,
+        sequences=2,
+        tokens=8,
+        cosine=cosine,
+        cosine_se=zero,
+        relative_change=zero,
+        relative_change_se=zero,
     )
 
 

@@ -104,7 +104,9 @@ def test_inherited_layers_are_bit_equal_to_the_first_pruned_ones(name, occupied)
 @pytest.mark.parametrize("name", tiny.CONFIGS)
 def test_removing_nothing_keeps_every_bit(name):
     model, ids = tiny.make_model(name), tiny.random_ids(2, 30)
-    built, counts = build(Parts(model, plan_for(model, Window(start=3, stop=3)), ReplacementLayers(), None), torch.float32)
+    built, counts = build(
+        Parts(model, plan_for(model, Window(start=3, stop=3)), ReplacementLayers(), None), torch.float32
+    )
     assert counts == {"kept": len(model.state_dict()), "renamed": 0, "removed": 0, "replaced": 0}
     for key, value in model.state_dict().items():
         assert torch.equal(built.state_dict()[key], value), key

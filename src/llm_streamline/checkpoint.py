@@ -99,6 +99,18 @@ def load_model(source: Source, dtype: torch.dtype | str = "auto", device: str = 
     return model.to(device).eval().requires_grad_(False)
 
 
+@torch.no_grad()
+def round_weights(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Round, in place, what a save writes to what `dtype` holds.
+
+    Only that: `model.to(dtype)` would also round buffers that are computed and never saved, such as rotary frequencies.
+    """
+    for tensor in model.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.copy_(tensor.to(dtype))
+    return model
+
+
 def check_weights(source: Source) -> None:
     """Refuse a local folder without safetensors, or with a shard that is missing, cut short or corrupt, by name."""
     folder = Path(source.path)

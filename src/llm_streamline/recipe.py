@@ -86,7 +86,7 @@ class Recipe(_Schema):
     tokens: Count | None = Field(
         None, description="Training tokens, e.g. 250k. [default: 1M, or what the text gives if that is less]"
     )
-    calibration_tokens: Count = Field(2**17, description="Tokens on which similarity is measured.")
+    calibration_tokens: Count = Field(2**16, description="Tokens on which similarity is measured.")
     validation_tokens: Count = Field(2**15, description="Tokens held out to choose the best weights and report loss.")
     block: Count | None = Field(None, description="Tokens per sequence. [default: the model's context, 2048 at most]")
     batch: Count | None = Field(

@@ -99,6 +99,7 @@ def draw_similarity(similarity: Similarity, path: Path, chosen: Window | None = 
         axes.axvspan(chosen.start - 0.5, chosen.stop - 0.5, color="tab:orange", alpha=0.25, label=f"window {chosen}")
         axes.legend(loc="lower right")
     axes.errorbar(layers, cosines, yerr=errors, marker="o", markersize=4, linewidth=1.2, capsize=2)
+    _name_outliers(axes, cosines)
     axes.set(
         xlabel="layer",
         ylabel="cosine of its input and output",
@@ -107,6 +108,19 @@ def draw_similarity(similarity: Similarity, path: Path, chosen: Window | None = 
     axes.locator_params(axis="x", integer=True)
     axes.grid(alpha=0.3)
     _save(figure, path)
+
+
+def _name_outliers(axes: Axes, cosines: list[float]) -> None:
+    """Keep the axis where most layers are, and name those far below it (often the first layer)."""
+    middle = sorted(cosines)[len(cosines) // 2]
+    floor = middle - 4 * (max(cosines) - middle) - 0.02
+    outliers = [layer for layer, cosine in enumerate(cosines) if cosine < floor]
+    if not outliers:
+        return
+    low = min(cosine for cosine in cosines if cosine >= floor)
+    axes.set_ylim(low - 0.35 * (max(cosines) - low) - 0.005, None)
+    text = ", ".join(f"layer {layer}: {cosines[layer]:.2f}" for layer in outliers[:4])
+    axes.annotate(f"below the axis: {text}", xy=(0.02, 0.04), xycoords="axes fraction", fontsize=8)
 
 
 def draw_heat_map(similarity: Similarity, path: Path, chosen: Window | None = None) -> None:
@@ -119,10 +133,11 @@ def draw_heat_map(similarity: Similarity, path: Path, chosen: Window | None = No
         for window in similarity.windows(length):
             values[length - 1, window.start] = similarity.of(window)
     figure, axes = _figure(width=6.2, height=5.2)
-    image = axes.imshow(
-        values, origin="lower", aspect="auto", cmap="viridis", extent=(-0.5, count - 0.5, 0.5, count + 0.5)
-    )
-    figure.colorbar(image, ax=axes, label="cosine")
+    # the first layer's windows are often far from all others: the scale is theirs only where nothing else is left
+    floor = np.nanmin(values[:, 1:]) if count > 1 else None
+    extent = (-0.5, count - 0.5, 0.5, count + 0.5)
+    image = axes.imshow(values, origin="lower", aspect="auto", cmap="viridis", extent=extent, vmin=floor)
+    figure.colorbar(image, ax=axes, label="cosine", extend="min" if floor is not None else "neither")
     if chosen is not None:
         label = f"window {chosen}"
         axes.plot(
@@ -164,6 +179,9 @@ def draw_training(fit: Fit, path: Path) -> None:
         yscale="log",
         title="Training the replacement",
     )
+    losses = [fit.validation_before, fit.validation_best]
+    if max(losses) > 10 * min(losses):
+        axes.set_yscale("log")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     _save(figure, path)

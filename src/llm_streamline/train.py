@@ -26,7 +26,7 @@ from llm_streamline.replacement import ReplacementLayers
 FEWEST_STEPS = 250
 LARGEST_BATCH_TOKENS = 16_384
 VALIDATIONS = 5
-CURVE_POINTS = 200
+CURVE_POINTS = 100
 
 Track = Callable[[dict[str, float], int], None]
 

@@ -123,7 +123,7 @@ class Workspace:
         same = self.model.dtype == torch.float32 and self.dtype == checkpoint.checkpoint_dtype(self.config)
         if same and self.device == "cpu":
             return self.model
-        return checkpoint.load_model(self.source, self.dtype).float()
+        return checkpoint.round_weights(checkpoint.load_model(self.source, torch.float32), self.dtype)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from llm_streamline import assemble as assemble_module
+from llm_streamline import oracle
+from llm_streamline.assemble import Parts, assemble
+from llm_streamline.checkpoint import round_weights
+from llm_streamline.errors import UserError, VerificationError
+from llm_streamline.records import LayerPlan, Manifest, Window
+from llm_streamline.replacement import ReplacementLayers, build_replacement
+from tests import tiny
+from tests.test_families import plan_for
+
+WINDOW = Window(start=1, stop=4)
+
+
+def make_parts(name: str = "llama", occupied: int = 1) -> Parts:
+    model = tiny.make_model(name)
+    plan = plan_for(model, WINDOW, occupied)
+    replacement = build_replacement(model, plan.replaced(), "random", seed=1) if occupied else ReplacementLayers()
+    return Parts(model, plan, replacement.requires_grad_(False), tiny.make_tokenizer())
+
+
+def write(parts: Parts, target, dtype=torch.float32):
+    manifest = Manifest(
+        command="test",
+        recipe={},
+        plan=parts.plan,
+        layer_map=parts.plan.layer_map(),
+        tensors={},
+        fit=None,
+        data={},
+        versions={},
+    )
+    return assemble(parts, dtype, tiny.random_ids(4, 100), manifest, target)
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """The same check without the seconds that a fresh process costs; others here use the real thing."""
+    monkeypatch.setattr(assemble_module, "verify", oracle.check)
+
+
+@pytest.fixture(scope="module", params=[("llama", 1), ("opt-post-norm", 2)], ids=["llama", "opt-post-norm"])
+def published(request, tmp_path_factory):
+    parts = make_parts(*request.param)
+    folder = tmp_path_factory.mktemp("assembled") / "model"
+    return parts, folder, write(parts, folder)
+
+
+def test_a_fresh_process_finds_the_model_right(published):
+    parts, folder, verification = published
+    assert verification.passed and verification.logits_error <= 1e-5 and verification.cached_equals_uncached
+    assert verification.parameters == parts.plan.parameters_after
+    assert oracle.verify(folder).passed
+    assert {path.name for path in folder.parent.iterdir()} == {"model"}
+
+
+def test_the_folder_loads_without_this_package(published):
+    parts, folder, _ = published
+    script = (
+        "import sys, torch; from transformers import AutoModelForCausalLM, AutoTokenizer;"
+        f"m = AutoModelForCausalLM.from_pretrained({str(folder)!r}); t = AutoTokenizer.from_pretrained({str(folder)!r});"
+        "out = m.generate(**t('the old man', return_tensors='pt'), max_new_tokens=5, do_sample=False);"
+        "assert 'llm_streamline' not in sys.modules; print(sum(p.numel() for p in m.parameters()))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert int(done.stdout) == parts.plan.parameters_after
+
+
+def test_tokenizer_settings_map_and_manifest_travel_along(published):
+    parts, folder, verification = published
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.chat_template == tiny.make_tokenizer().chat_template
+    assert json.loads((folder / "layer-map.json").read_text()) == {"layers": parts.plan.layer_map()}
+    manifest = Manifest.read(folder / oracle.MANIFEST)
+    assert manifest.verification == verification and manifest.plan == parts.plan
+    assert (folder / "generation_config.json").is_file()
+
+
+@pytest.mark.parametrize("name", tiny.CONFIGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tied_weights_are_stored_once_in_the_asked_format(name, dtype, tmp_path, in_this_process):
+    parts = make_parts(name)
+    round_weights(parts.source, dtype)  # the source has to hold what the saved format can hold
+    write(parts, tmp_path / "model", dtype)
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    tied = parts.source.config.tie_word_embeddings
+    assert any("lm_head" in key for key in tensors) != tied
+    assert sum(tensor.numel() for tensor in tensors.values()) == parts.plan.parameters_after
+    assert {tensor.dtype for tensor in tensors.values()} == {dtype}
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "model").dtype == dtype
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "opt-post-norm"])
+@pytest.mark.parametrize("wrong", [[0, 1, 3, 5], [0, 1, 5, 4], [1, 0, 4, 5]], ids=["other layer", "swapped", "turned"])
+def test_wrong_surgery_is_not_published(name, wrong, tmp_path, monkeypatch, in_this_process):
+    monkeypatch.setattr(LayerPlan, "sources", lambda self: wrong)
+    with pytest.raises(VerificationError, match="not published: logits differ"):
+        write(make_parts(name), tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
+def test_wrong_surgery_is_not_published_by_the_fresh_process_either(tmp_path, monkeypatch):
+    monkeypatch.setattr(LayerPlan, "sources", lambda self: [0, 1, 3, 5])
+    with pytest.raises(VerificationError, match="not published: logits differ"):
+        write(make_parts(), tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_replacement_put_in_untrained_is_not_published(tmp_path, monkeypatch, in_this_process):
+    parts = make_parts(occupied=1)
+    monkeypatch.setattr(LayerPlan, "sources", lambda self: [0, 1, 4, 5])
+    monkeypatch.setattr(LayerPlan, "replaced", lambda self: range(0))  # its place keeps the source's weights
+    with pytest.raises(VerificationError, match="logits differ"):
+        write(parts, tmp_path / "model")
+
+
+def copy_of(published, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(published[1], folder)
+    return folder
+
+
+def damage_weights(folder):
+    tensors = load_file(folder / "model.safetensors")
+    name = next(key for key in tensors if key.endswith("layers.2.self_attn.v_proj.weight"))
+    tensors[name][0] *= 3
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def drop_tensor(folder):
+    tensors = load_file(folder / "model.safetensors")
+    tensors.pop(next(key for key in tensors if "layers.1.self_attn.q_proj.weight" in key))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def change_tokenizer(folder):
+    path = folder / "tokenizer.json"
+    path.write_text(
+        path.read_text()
+        .replace('"add_prefix_space":false', '"add_prefix_space":true')
+        .replace('"add_prefix_space": false', '"add_prefix_space": true')
+    )
+
+
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [(damage_weights, "logits differ"), (drop_tensor, "missing keys"), (change_tokenizer, "other ids")],
+)
+def test_a_folder_damaged_later_fails_the_check(published, tmp_path, damage, problem):
+    folder = copy_of(published, tmp_path)
+    damage(folder)
+    assert any(problem in found for found in oracle.check(folder).problems)
+
+
+def test_a_folder_that_does_not_load_is_a_problem_not_a_crash(published, tmp_path):
+    folder = copy_of(published, tmp_path)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-200])
+    found = oracle.verify(folder)
+    assert not found.passed and "does not load in a fresh process" in found.problems[0]
+
+
+def test_only_our_folders_can_be_verified(tmp_path):
+    with pytest.raises(UserError, match="no model made by llm-streamline"):
+        oracle.verify(tmp_path)
+
+
+def test_prompts_outrun_the_sliding_window_or_the_claim_is_limited():
+    config = tiny.CONFIGS["llama"]
+    assert oracle.prompt_length(config, None) == (48, [])
+    assert oracle.prompt_length(config, 60) == (76, [])
+    length, limits = oracle.prompt_length(config, 500)
+    assert length == tiny.CONTEXT - oracle.NEW_TOKENS and "within the sliding window of 500" in limits[0]

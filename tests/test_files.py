@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+import errno
+
+import pytest
+
+from llm_streamline.errors import UserError
+from llm_streamline.files import atomic, remove_leftovers, write_text
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    target = tmp_path / "a.txt"
+    write_text(target, "old")
+    with pytest.raises(RuntimeError), atomic(target) as temporary:
+        temporary.write_text("new")
+        raise RuntimeError
+    assert target.read_text() == "old" and list(tmp_path.iterdir()) == [target]
+
+
+def test_a_folder_appears_whole(tmp_path):
+    with atomic(tmp_path / "deep" / "folder") as temporary:
+        temporary.mkdir()
+        (temporary / "a").write_text("a")
+        assert not (tmp_path / "deep" / "folder").exists()
+    assert (tmp_path / "deep" / "folder" / "a").read_text() == "a"
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [(errno.ENOSPC, "the disk is full"), (errno.EROFS, "cannot write"), (errno.EACCES, "cannot write")],
+)
+def test_a_disk_that_refuses_is_named(tmp_path, number, words):
+    with pytest.raises(UserError, match=words), atomic(tmp_path / "a") as temporary:
+        temporary.write_text("half")
+        raise OSError(number, "no")
+    assert not list(tmp_path.iterdir())
+
+
+def test_leftovers_of_a_killed_run_go(tmp_path):
+    (tmp_path / ".partial-12345678-model").mkdir()
+    (tmp_path / ".partial-12345678-a.json").write_text("{")
+    (tmp_path / "keep.json").write_text("{}")
+    remove_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["keep.json"]

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from llm_streamline.errors import UserError
+from llm_streamline.recipe import PRESETS, Recipe, Runtime, changed_keys, make_recipe, parse_count, to_yaml
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("250k", 250_000), ("1.5M", 1_500_000), ("5B", 5 * 10**9), (7, 7), ("12", 12)]
+)
+def test_counts(text, count):
+    assert parse_count(text) == count
+
+
+def test_yaml_reads_back_as_an_equal_recipe():
+    recipe = make_recipe({"model": "m", "data": ["a.txt"], "preset": "paper", "tokens": "10k"})
+    assert Recipe(**yaml.safe_load(to_yaml(recipe))) == recipe
+
+
+def test_a_preset_gives_way_to_a_file_and_that_to_flags(tmp_path):
+    (tmp_path / "r.yaml").write_text("model: m\npreset: paper\nlr: 3.0e-4\nclip: 2.0\n")
+    recipe = make_recipe({"clip": 1.0}, tmp_path / "r.yaml")
+    assert (recipe.loss, recipe.lr, recipe.clip, recipe.protect_first) == ("mse", 3e-4, 1.0, 0)
+
+
+def test_presets_are_the_papers_settings():
+    for name, own in PRESETS.items():
+        recipe = make_recipe({"model": "m", "preset": name})
+        assert (recipe.loss, recipe.lr, recipe.min_lr, recipe.weight_decay) == ("mse", 2e-4, 5e-5, 1e-3)
+        assert (recipe.warmup, recipe.clip, recipe.protect_first, recipe.protect_last) == (0.01, 5.0, 0, 0)
+        assert all(getattr(recipe, key) == value for key, value in own.items())
+    assert set(PRESETS) == {"paper", "paper-none", "paper-random"}
+
+
+def test_changed_keys_are_named_as_flags():
+    old, new = Recipe(model="m", lr=1e-3), Recipe(model="m", lr=2e-3, protect_first=0)
+    assert changed_keys(old, new) == ["--protect-first", "--lr"]
+
+
+def test_layers_occupied():
+    counts = {kind: Recipe(model="m", replace=kind).occupied for kind in ("none", "layer", "layer:2")}
+    assert counts == {"none": 0, "layer": 1, "layer:2": 2}
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"lerning_rate": 1}, "'lerning_rate' is not known; the nearest is"),
+        ({"los": "mse"}, "'los' is not known; the nearest is 'loss'"),
+        ({"replace": "mlpp"}, "--replace was given 'mlpp'.*none, layer"),
+        ({"replace": "layer:0"}, "--replace was given 'layer:0'"),
+        ({"tokens": "many"}, "--tokens was given 'many' .*such as 250k"),
+        ({"tokens": 0}, "--tokens was given 0"),
+        ({"lr": -1}, "--lr was given -1"),
+        ({"remove": "8", "window": "1:2"}, "--remove and --window were given; give one of"),
+        ({"window": "30:21"}, "--window 30:21 is no run of layers"),
+        ({"lr": 1e-4, "min_lr": 1e-3}, "--min-lr 0.001 is above --lr 0.0001"),
+        ({"preset": "papyrus"}, "preset 'papyrus' is not known; choose one of paper"),
+        ({"dtype": "int8"}, "--dtype was given 'int8'"),
+    ],
+)
+def test_mistakes_are_one_sentence(values, words):
+    with pytest.raises(UserError, match=words) as caught:
+        make_recipe({"model": "m", **values})
+    assert "\n" not in str(caught.value)
+
+
+def test_unreadable_recipe_files(tmp_path):
+    (tmp_path / "list.yaml").write_text("- a\n")
+    (tmp_path / "broken.yaml").write_text("a: [1\n")
+    for name in ("list.yaml", "broken.yaml", "missing.yaml"):
+        with pytest.raises(UserError, match=name):
+            make_recipe({}, tmp_path / name)
+
+
+def test_recipe_and_runtime_share_no_field():
+    assert not set(Recipe.model_fields) & set(Runtime.model_fields)
+    assert all(field.description for schema in (Recipe, Runtime) for field in schema.model_fields.values())

@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from llm_streamline.errors import UserError
+from llm_streamline.recipe import Recipe
+from llm_streamline.sources import Documents
+from llm_streamline.text import block_length, read_parts
+from tests import tiny
+
+BLOCK = 32
+
+
+def recipe(*data, **changes) -> Recipe:
+    small = {"calibration_tokens": 320, "validation_tokens": 320, "tokens": 1000, "block": BLOCK}
+    return Recipe(model="m", data=tuple(map(str, data)), **{**small, **changes})
+
+
+def read(*data, **changes):
+    return read_parts(recipe(*data, **changes), tiny.make_tokenizer(), tiny.CONTEXT, quiet=True)
+
+
+def numbers(part: torch.Tensor) -> set[str]:
+    """Which numbered documents begin in a part."""
+    text = tiny.make_tokenizer().decode(part.flatten()).split("</s>")
+    return {piece.split(":")[0] for piece in text if ":" in piece[:6]}
+
+
+def test_parts_are_full_disjoint_and_seeded(text_file):
+    parts, again, other = read(text_file), read(text_file), read(text_file, seed=1)
+    assert parts.validation.shape == parts.calibration.shape == (10, BLOCK)
+    assert parts.training.shape == (31, BLOCK)
+    found = [numbers(part) for part in (parts.calibration, parts.training, parts.validation)]
+    assert all(found) and not (found[0] & found[1] or found[0] & found[2] or found[1] & found[2])
+    assert parts.summary() == again.summary() != other.summary()
+    assert torch.equal(parts.training, again.training) and not torch.equal(parts.training, other.training)
+
+
+def test_a_bigger_budget_leaves_calibration_and_validation_alone(text_file):
+    few, many = read(text_file), read(text_file, tokens=5000)
+    assert few.summary()["calibration"] == many.summary()["calibration"]
+    assert few.summary()["validation"] == many.summary()["validation"]
+
+
+def test_documents_follow_one_another_and_end_with_the_end_token(tmp_path):
+    file = tiny.write_jsonl(tmp_path / "t.jsonl", [f"document {n:02}" for n in range(99)])
+    parts = read(file, block=12, calibration_tokens=120, validation_tokens=24, tokens=120)
+    end = tiny.make_tokenizer().eos_token_id
+    assert (parts.training[:, 11] == end).all() and (parts.training[:, :11] != end).all()
+
+
+def test_a_text_file_is_dealt_in_pieces_of_whole_lines(tmp_path):
+    file = tmp_path / "t.txt"
+    file.write_text("".join(f"{n} " + "word " * 30 + "\n" for n in range(500)), encoding="utf-8")
+    pieces = list(Documents.open((str(file),), None, seed=0))
+    assert len(pieces) > 10 and sorted("".join(sorted(pieces))) == sorted(file.read_text())
+    assert all(piece.endswith("\n") for piece in pieces)
+
+
+def test_one_endless_line_is_cut_at_blanks_and_loses_nothing(tmp_path):
+    file = tmp_path / "t.txt"
+    file.write_text("naïve wörd " * 9000, encoding="utf-8")
+    pieces = list(Documents.open((str(file),), None, seed=0))
+    assert len(pieces) > 3 and all(piece.endswith(" ") for piece in pieces)
+    assert sum(map(len, pieces)) == len(file.read_text(encoding="utf-8"))
+
+
+def test_the_field_is_found_or_named(tmp_path):
+    tiny.write_jsonl(tmp_path / "content.jsonl", ["hello"], field="content")
+    tiny.write_jsonl(tmp_path / "body.jsonl", ["hello"], field="body")
+    assert list(Documents.open((str(tmp_path / "content.jsonl"),), None, 0)) == ["hello"]
+    assert list(Documents.open((str(tmp_path / "body.jsonl"),), "body", 0)) == ["hello"]
+
+
+def test_blank_lines_are_no_documents(tmp_path):
+    (tmp_path / "t.jsonl").write_text('\n{"text": "a"}\n\n{"text": "b"}\n\n')
+    assert sorted(Documents.open((str(tmp_path / "t.jsonl"),), None, 0)) == ["a", "b"]
+
+
+def test_a_hub_data_set_is_streamed(tmp_path):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    tiny.write_jsonl(folder / "train.jsonl", tiny.make_documents(300))
+    parts = read(f"hub:{folder}:train")
+    assert parts.training.shape == (31, BLOCK)
+    with pytest.raises(UserError, match="cannot be opened"):
+        read(f"hub:{folder}:nosuchsplit")
+
+
+def test_the_default_block_is_the_context_and_2048_at_most():
+    assert block_length(Recipe(model="m"), 128) == 128
+    assert block_length(Recipe(model="m"), 8192) == 2048
+    assert block_length(Recipe(model="m", block=4096), 8192) == 4096
+    with pytest.raises(UserError, match="--block 256 is longer than the model's context of 128"):
+        block_length(Recipe(model="m", block=256), 128)
+
+
+def test_less_text_than_the_default_budget_is_taken_as_it_is(text_file):
+    parts = read(text_file, tokens=None)
+    assert 80_000 < parts.training.numel() < 110_000
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("empty.txt", b"", "is empty"),
+        ("blank.jsonl", b"\n\n", "is empty"),
+        ("binary.txt", b"text\0more", "is binary"),
+        ("latin.txt", "caf\u00e9".encode("latin-1") * 9, "is not UTF-8 at byte 3"),
+        ("bad.jsonl", b'{"text": "a"\n', "is not JSON"),
+        ("list.jsonl", b"[1]\n", "is no JSON object"),
+        ("field.jsonl", b'{"words": "a", "id": 3}\n', "has no text in 'text' or 'content'.*its fields are id, words"),
+        ("table.csv", b"a,b\n", "ends in '.csv'"),
+        ("short.txt", b"a few words", "blocks of 32 tokens for"),
+    ],
+)
+def test_unusable_text_is_refused_in_a_sentence(tmp_path, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=words):
+        read(tmp_path / name)
+
+
+def test_missing_files_data_and_tokens_are_refused(text_file, tmp_path):
+    with pytest.raises(UserError, match="is no file here"):
+        read(tmp_path / "nothing.txt")
+    with pytest.raises(UserError, match="no --data was given.*--data bundled"):
+        read()
+    with pytest.raises(UserError, match="--tokens 900000 is more than the"):
+        read(text_file, tokens=900_000)
+    with pytest.raises(UserError, match="has no text in 'story'"):
+        read(text_file, field="story")
+
+
+def test_the_redpajama_schema_is_read_as_it_is(shared):
+    file = shared / "data" / "text" / "redpajama_sample.jsonl"
+    texts = list(Documents.open((str(file),), None, seed=0))
+    rows = [json.loads(line)["text"] for line in file.read_text(encoding="utf-8").splitlines() if line]
+    assert sorted(texts) == sorted(rows) and texts != rows

@@ -1,0 +1,192 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from llm_streamline.errors import UserError
+from llm_streamline.families import layers_of
+from llm_streamline.forward import run_window, substituted
+from llm_streamline.recipe import Recipe
+from llm_streamline.records import Window
+from llm_streamline.replacement import build_replacement
+from llm_streamline.train import LOSSES, Settings, Trainer, default_batch, learning_rate
+from tests import tiny
+
+WINDOW = Window(start=1, stop=4)
+SETTINGS = Settings(
+    loss="nmse", batch=2, accumulate=1, lr=1e-2, min_lr=1e-3, weight_decay=1e-3, warmup=0.1, clip=5.0, autocast=False
+)
+
+
+def trainer(name: str = "llama", occupied: int = 1, init: str = "inherited", **changes) -> Trainer:
+    model = tiny.make_model(name).requires_grad_(False)
+    places = range(WINDOW.start, WINDOW.start + occupied)
+    replacement = build_replacement(model, places, init, seed=0)
+    return Trainer(model, WINDOW, replacement, dataclasses.replace(SETTINGS, **changes), quiet=True)
+
+
+def weights(found: Trainer) -> dict[str, torch.Tensor]:
+    return {key: value.clone() for key, value in found.replacement.state_dict().items()}
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(value, other[key]) for key, value in one.items())
+
+
+@pytest.mark.parametrize("name", tiny.CONFIGS)
+@pytest.mark.parametrize("occupied", [1, 2])
+def test_training_lowers_the_loss_and_touches_only_the_replacement(name, occupied):
+    found = trainer(name, occupied, init="random", lr=3e-3)
+    before = {key: value.clone() for key, value in found.model.state_dict().items()}
+    fit = found.fit(tiny.random_ids(40, 32), tiny.random_ids(4, 32, seed=1))
+    assert fit.validation_best < 0.9 * fit.validation_before
+    assert found.validate(tiny.random_ids(4, 32, seed=1)) == pytest.approx(fit.validation_best, rel=1e-5)
+    assert same(before, found.model.state_dict())
+    assert all(parameter.grad is None for parameter in found.model.parameters())
+
+
+@pytest.mark.parametrize("name", tiny.CONFIGS)
+@pytest.mark.parametrize("occupied", [1, 2])
+def test_the_replacement_computes_in_training_what_it_computes_in_the_model(name, occupied):
+    found, ids = trainer(name, occupied, init="random"), tiny.random_ids(2, 32)
+    passage = run_window(found.model, WINDOW, ids)
+    with torch.no_grad():
+        in_training = found.replacement.run(passage.entering.float(), passage.calls)
+    seen: list[torch.Tensor] = []
+    last = layers_of(found.model)[WINDOW.stop]
+    handle = last.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with substituted(found.model, WINDOW, list(found.replacement)), torch.no_grad():
+        found.model(ids)
+    handle.remove()
+    torch.testing.assert_close(seen[0], in_training, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", tiny.CONFIGS)
+def test_later_tokens_change_nothing_earlier(name):
+    found, ids = trainer(name), tiny.random_ids(2, 32)
+    changed = ids.clone()
+    changed[:, 20:] = tiny.random_ids(2, 12, seed=5)
+    states = []
+    for tokens in (ids, changed):
+        passage = run_window(found.model, WINDOW, tokens)
+        states.append(found.replacement.run(passage.entering, passage.calls).detach())
+    torch.testing.assert_close(states[0][:, :20], states[1][:, :20], rtol=0, atol=1e-6)
+    assert (states[0][:, 20:] - states[1][:, 20:]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("name", tiny.CONFIGS)
+@pytest.mark.parametrize("window", [Window(start=0, stop=2), Window(start=3, stop=tiny.LAYERS)])
+def test_a_window_is_run_between_its_boundaries_and_nothing_above(name, window):
+    model, ids = tiny.make_model(name), tiny.random_ids(2, 16)
+    layers, ran, states = layers_of(model), [], []
+
+    def record(layer, _, output):
+        ran.append(list(layers).index(layer))
+        states.append(output)
+
+    for layer in layers:
+        layer.register_forward_hook(record)
+    passage = run_window(model, window, ids)
+    assert ran == list(range(window.stop))
+    torch.testing.assert_close(passage.leaving, states[window.stop - 1], rtol=0, atol=0)
+    if window.start:
+        torch.testing.assert_close(passage.entering, states[window.start - 1], rtol=0, atol=0)
+    assert len(passage.calls) == len(window)
+
+
+@pytest.mark.parametrize("accumulate", [1, 3, 16])
+@pytest.mark.parametrize("blocks", [17, 32])
+def test_the_learning_rate_ends_at_min_lr_whatever_the_accumulation(accumulate, blocks):
+    found = trainer(accumulate=accumulate, batch=1)
+    fit = found.fit(tiny.random_ids(blocks, 16), tiny.random_ids(2, 16))
+    assert fit.last_lr == fit.min_lr == 1e-3
+    assert fit.steps == -(-blocks // accumulate)
+    assert fit.tokens == blocks * 16
+
+
+def test_the_schedule_rises_then_falls():
+    settings = dataclasses.replace(SETTINGS, warmup=0.1)
+    rates = [learning_rate(step, 100, settings) for step in range(100)]
+    assert rates[:10] == sorted(rates[:10]) and rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[0] > 0 and max(rates) == pytest.approx(settings.lr) and rates[-1] == settings.min_lr
+    assert rates[55] == pytest.approx((settings.lr + settings.min_lr) / 2, rel=0.05)
+    assert learning_rate(0, 1, settings) == settings.min_lr
+
+
+def test_accumulated_micro_batches_are_one_big_batch():
+    ids = tiny.random_ids(12, 16)
+    found = []
+    for batch, accumulate in ((4, 1), (1, 4)):
+        run = trainer(batch=batch, accumulate=accumulate)
+        run.fit(ids, ids[:2])
+        found.append(weights(run))
+    for key, value in found[0].items():
+        torch.testing.assert_close(value, found[1][key], rtol=1e-3, atol=1e-4)
+
+
+def test_twice_is_the_same_to_the_bit():
+    found = []
+    for _ in range(2):
+        run = trainer(init="random")
+        run.fit(tiny.random_ids(12, 16), tiny.random_ids(2, 16, seed=1))
+        found.append(weights(run))
+        torch.rand(3)  # the global random state plays no part
+    assert same(*found)
+
+
+def test_when_nothing_improves_the_start_is_kept_and_said(capsys):
+    run = trainer(lr=5.0, min_lr=5.0, clip=100.0)
+    run.quiet = False
+    start = weights(run)
+    fit = run.fit(tiny.random_ids(12, 16), tiny.random_ids(2, 16, seed=1))
+    assert fit.best_step == 0 and fit.validation_best == fit.validation_before
+    assert same(start, run.replacement.state_dict())
+    assert "did not lower the validation loss" in capsys.readouterr().err
+
+
+def test_the_best_weights_are_kept_not_the_last():
+    run = trainer()
+    losses = iter([3.0, 2.0, 1.0, 2.0, 3.0, 4.0, 5.0])
+    kept: list[dict[str, torch.Tensor]] = []
+    run.validate = lambda _: (kept.append(weights(run)), next(losses))[1]  # type: ignore[method-assign]
+    fit = run.fit(tiny.random_ids(10, 16), tiny.random_ids(2, 16))
+    assert fit.validation_best == 1.0 and fit.best_step == 2
+    assert same(kept[2], run.replacement.state_dict()) and not same(kept[-1], kept[2])
+
+
+def test_a_diverging_loss_is_refused():
+    run = trainer(lr=float("1e30"), clip=1e30)
+    with pytest.raises(UserError, match="training loss is .* use a smaller --lr"):
+        run.fit(tiny.random_ids(12, 16), tiny.random_ids(2, 16))
+
+
+def test_random_layers_are_fresh_and_seeded():
+    model = tiny.make_model("llama")
+    one, again = (build_replacement(model, [2], "random", seed=3).state_dict() for _ in range(2))
+    other, inherited = (build_replacement(model, [2], kind, seed=4).state_dict() for kind in ("random", "inherited"))
+    assert same(one, again) and not same(one, other)
+    for key in one:
+        assert not torch.equal(one[key], inherited[key]), key
+    assert one["0.mlp.up_proj.weight"].std().item() == pytest.approx(model.config.initializer_range, rel=0.1)
+    assert torch.equal(one["0.input_layernorm.weight"], torch.ones(32))
+
+
+def test_losses_by_hand():
+    target = torch.tensor([[[3.0, 4.0], [0.0, 1.0]]])
+    prediction = torch.tensor([[[3.0, 3.0], [1.0, 1.0]]])
+    assert LOSSES["mse"](prediction, target).item() == pytest.approx(2 / 4)
+    assert LOSSES["nmse"](prediction, target).item() == pytest.approx((1 / 25 + 1) / 2)
+
+
+def test_open_settings_follow_the_text_and_the_width():
+    recipe = Recipe(model="m")
+    blocks = torch.zeros(4000, 256, dtype=torch.int32)
+    settings = Settings.resolve(recipe, blocks, 4096, autocast=False)
+    assert settings.lr == pytest.approx(2.5e-4) and settings.min_lr == pytest.approx(2.5e-5)
+    assert Settings.resolve(recipe, blocks, 128, autocast=False).lr == 1e-3
+    assert default_batch(blocks, recipe, 64) == 16
+    assert default_batch(torch.zeros(100, 256), recipe, 64) == 1
+    assert default_batch(torch.zeros(10**6, 2048, dtype=torch.bool), recipe, 64) == 8
+    assert default_batch(blocks, Recipe(model="m", accumulate=4), 64) == 4
