@@ -126,7 +126,7 @@ def test_unusable_text_is_refused_in_a_sentence(tmp_path, name, content, words):
 def test_missing_files_data_and_tokens_are_refused(text_file, tmp_path):
     with pytest.raises(UserError, match="is no file here"):
         read(tmp_path / "nothing.txt")
-    with pytest.raises(UserError, match="no --data was given.*--data bundled"):
+    with pytest.raises(UserError, match=r"no --data was given.*--data bundled"):
         read()
     with pytest.raises(UserError, match="--tokens 900000 is more than the"):
         read(text_file, tokens=900_000)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 from pathlib import Path
@@ -41,7 +42,7 @@ CONFIGS: dict[str, PretrainedConfig] = {
 def make_model(name: str, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     """A seeded random model; biases and norms are random too, so that forgetting one shows."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[name])
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name]))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
@@ -72,7 +73,23 @@ def make_folder(folder: Path, name: str, dtype: torch.dtype = torch.float32) -> 
     return folder
 
 
-WORDS = "the old man saw a small red boat near our quiet harbour and told his friend about it".split()
+WORDS = [
+    "the",
+    "old",
+    "man",
+    "saw",
+    "a",
+    "small",
+    "red",
+    "boat",
+    "near",
+    "our",
+    "quiet",
+    "harbour",
+    "and",
+    "told",
+    "it",
+]
 
 
 def make_documents(count: int, words: int = 60, seed: int = 0) -> list[str]:

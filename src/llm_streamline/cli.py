@@ -1,4 +1,7 @@
-"""The command line: thin, with flags made from the schemas of `recipe.py` and heavy imports left to the commands."""
+"""The command line: thin, with flags made from the schemas of `recipe.py` and heavy imports left to the commands.
+
+`llm-streamline --help` answers before pydantic is loaded: only the command that is called gets its flags.
+"""
 
 from __future__ import annotations
 
@@ -14,21 +17,12 @@ import typer
 
 from llm_streamline import __version__
 from llm_streamline.errors import StreamlineError, UserError
-from llm_streamline.recipe import Recipe, Runtime, make_recipe
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from llm_streamline.recipe import Recipe, Runtime
     from llm_streamline.records import Record, Result
-
-app = typer.Typer(
-    name="llm-streamline",
-    help="Make a HuggingFace causal language model shallower, keep what it knew, and prove it.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-)
 
 _SHORT = {"output": "-o"}
 _ONLY_COMPRESS = {
@@ -51,7 +45,7 @@ _ONLY_COMPRESS = {
 
 def _examples(*lines: str) -> str:
     """The end of a help page; `tests/test_cli.py` runs every line of it."""
-    return "Examples:\n\n" + "\n\n".join(f"  {line}" for line in lines)
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
 
 
 def _annotation(kind: Any) -> Any:
@@ -78,63 +72,50 @@ def _option(schema: type[Recipe] | type[Runtime], name: str) -> inspect.Paramete
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
 
 
-def _with_schema(*leave_out: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def _with_flags(command: Callable[[Recipe, Runtime], None], leave_out: set[str]) -> Callable[..., None]:
     """Give a command `MODEL`, `--recipe` and a flag for every field of both schemas, but those left out."""
+    from llm_streamline.recipe import Recipe, Runtime, make_recipe
 
-    def decorate(command: Callable[[Recipe, Runtime], None]) -> Callable[..., None]:
-        def run(model: str | None = None, recipe: Path | None = None, **given: Any) -> None:
-            values = {key: value for key, value in given.items() if value not in (None, False, [])}
-            runtime = Runtime(**{_runtime_key(k): v for k, v in values.items() if k in Runtime.model_fields})
-            wanted = {key: value for key, value in values.items() if key in Recipe.model_fields}
-            if model is not None:
-                wanted["model"] = model
-            if "model" not in wanted and recipe is None:
-                raise UserError("no MODEL was given; give a model folder, a Hub name, or 'bundled'.")
-            command(make_recipe(wanted, recipe), runtime)
+    def run(model: str | None = None, recipe: Path | None = None, **given: Any) -> None:
+        values = {key: value for key, value in given.items() if value not in (None, False, [])}
+        runtime = Runtime(
+            **{Runtime.model_fields[k].alias or k: v for k, v in values.items() if k in Runtime.model_fields}
+        )
+        wanted = {key: value for key, value in values.items() if key in Recipe.model_fields}
+        if model is not None:
+            wanted["model"] = model
+        if "model" not in wanted and recipe is None:
+            raise UserError("no MODEL was given; give a model folder, a Hub name, or 'bundled'.")
+        command(make_recipe(wanted, recipe), runtime)
 
-        positional = inspect.Parameter.POSITIONAL_OR_KEYWORD
-        model_help = Recipe.model_fields["model"].description
-        model = Annotated[str | None, typer.Argument(help=model_help, show_default=False)]
-        file = Annotated[
-            Path | None,
-            typer.Option("--recipe", help="A YAML file of these fields; flags win.", show_default=False),
-        ]
-        names = [(schema, name) for schema in (Recipe, Runtime) for name in schema.model_fields]
-        parameters = [
-            inspect.Parameter("model", positional, default=None, annotation=model),
-            inspect.Parameter("recipe", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=file),
-            *(_option(schema, name) for schema, name in names if name not in {"model", *leave_out}),
-        ]
-        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-        run.__name__, run.__doc__ = command.__name__, command.__doc__
-        return run
-
-    return decorate
-
-
-def _runtime_key(name: str) -> str:
-    return Runtime.model_fields[name].alias or name
+    model_help = Recipe.model_fields["model"].description
+    model = Annotated[str | None, typer.Argument(help=model_help, show_default=False)]
+    file = Annotated[
+        Path | None, typer.Option("--recipe", help="A YAML file of these fields; flags win.", show_default=False)
+    ]
+    names = [(schema, name) for schema in (Recipe, Runtime) for name in schema.model_fields]
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    parameters = [
+        inspect.Parameter("model", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None, annotation=model),
+        inspect.Parameter("recipe", keyword, default=None, annotation=file),
+        *(_option(schema, name) for schema, name in names if name not in {"model", *leave_out}),
+    ]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    run.__doc__ = command.__doc__
+    return run
 
 
-@app.command(
-    epilog=_examples(
-        "llm-streamline compress bundled --data bundled -o shorter --remove 25% --tokens 20k",
-        "llm-streamline compress bundled --data bundled -o cut --window 4:7 --replace none",
-        "llm-streamline compress bundled --data bundled --remove 3 --dry-run --json",
-    )
-)
-@_with_schema()
 def compress(recipe: Recipe, runtime: Runtime) -> None:
     """Find the redundant layers, remove them, train a replacement, write a verified HuggingFace folder."""
     from llm_streamline import run
 
     if runtime.dry_run:
         plan = run.plan_only(recipe, runtime)
-        _print(runtime, plan, [run.describe(plan)])
+        _print(runtime.json_output, plan, [run.describe(plan)])
         return
     result = run.compress(recipe, runtime)
-    _print(runtime, result, _summary(result))
+    _print(runtime.json_output, result, _summary(result))
 
 
 def _summary(result: Result) -> list[str | Table]:
@@ -145,13 +126,6 @@ def _summary(result: Result) -> list[str | Table]:
     return [report.summary_table(plan, fit, scores), *lines]
 
 
-@app.command(
-    epilog=_examples(
-        "llm-streamline analyze bundled --data bundled -o analysis",
-        "llm-streamline analyze bundled --data bundled -o analysis --calibration-tokens 20k --json",
-    )
-)
-@_with_schema(*_ONLY_COMPRESS)
 def analyze(recipe: Recipe, runtime: Runtime) -> None:
     """Measure how little every run of layers changes the hidden state: tables, similarity.json and figures."""
     from llm_streamline import report, run
@@ -159,10 +133,9 @@ def analyze(recipe: Recipe, runtime: Runtime) -> None:
     similarity, folder = run.analyze_model(recipe, runtime)
     best = report.window_table(similarity, recipe.protect_first, recipe.protect_last)
     files = f"similarity.json, similarity.png and heat-map.png are in {folder}"
-    _print(runtime, similarity, [report.layer_table(similarity), best, files])
+    _print(runtime.json_output, similarity, [report.layer_table(similarity), best, files])
 
 
-@app.command(epilog=_examples("llm-streamline verify shorter", "llm-streamline verify shorter/model --json"))
 def verify(
     folder: Annotated[Path, typer.Argument(help="A run folder or the model folder in it.")],
     json_output: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
@@ -176,13 +149,11 @@ def verify(
         f"verified: logits within {found.logits_error:.1e}, cached = uncached generation, "
         f"{found.parameters:,} parameters in {found.tensors} tensors"
     ]
-    runtime = Runtime(json=json_output)
-    _print(runtime, found, [*lines, *(f"limit: {limit}" for limit in found.limits)])
+    _print(json_output, found, [*lines, *(f"limit: {limit}" for limit in found.limits)])
     if not found.passed:
         raise typer.Exit(1)
 
 
-@app.command(epilog=_examples("llm-streamline demo -o demo-run"))
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="The run folder.")] = Path("demo-run"),
     json_output: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
@@ -190,17 +161,17 @@ def demo(
 ) -> None:
     """Shorten the bundled model by a quarter of its layers and ask it questions before and after."""
     from llm_streamline import demonstration
+    from llm_streamline.recipe import Runtime
 
-    runtime = Runtime(output=output, json=json_output)
-    result, answers = demonstration.demo(runtime)
+    result, answers = demonstration.demo(Runtime(output=output))
     print_json = {"accuracy": answers, **json.loads(result.model_dump_json())}
     line = "accuracy " + " ".join(f"{name} {share:.2f}" for name, share in answers.items())
-    _print(runtime, print_json, [*_summary(result), line])
+    _print(json_output, print_json, [*_summary(result), line])
 
 
-def _print(runtime: Runtime, record: Record | dict[str, Any], lines: list[Any]) -> None:
+def _print(as_json: bool, record: Record | dict[str, Any], lines: list[Any]) -> None:
     """Results on stdout: as JSON where asked for, else as tables and lines for people."""
-    if runtime.json_output:
+    if as_json:
         print(json.dumps(record, indent=1) if isinstance(record, dict) else record.model_dump_json(indent=1))
         return
     from rich.console import Console
@@ -216,7 +187,6 @@ def _version(show: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def _common(
     version: Annotated[
         bool, typer.Option("--version", help="Print the version and stop.", callback=_version, is_eager=True)
@@ -225,19 +195,73 @@ def _common(
     pass
 
 
+COMMANDS: dict[str, tuple[Callable[..., None], str, set[str] | None]] = {
+    "compress": (
+        compress,
+        _examples(
+            "llm-streamline compress bundled --data bundled -o shorter --remove 25% --tokens 20k",
+            "llm-streamline compress bundled --data bundled -o cut --window 4:7 --replace none",
+            "llm-streamline compress bundled --data bundled --remove 3 --dry-run --json",
+        ),
+        set(),
+    ),
+    "analyze": (
+        analyze,
+        _examples(
+            "llm-streamline analyze bundled --data bundled -o analysis",
+            "llm-streamline analyze bundled --data bundled -o analysis --calibration-tokens 20k --json",
+        ),
+        _ONLY_COMPRESS,
+    ),
+    "verify": (verify, _examples("llm-streamline verify shorter", "llm-streamline verify shorter/model --json"), None),
+    "demo": (demo, _examples("llm-streamline demo -o demo-run"), None),
+}
+
+
+def make_app(called: str | None) -> typer.Typer:
+    """The commands, of which only the one that is called has its flags."""
+    app = typer.Typer(
+        name="llm-streamline",
+        help="Make a HuggingFace causal language model shallower, keep what it knew, and prove it.",
+        no_args_is_help=True,
+        add_completion=False,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+    )
+    app.callback()(_common)
+    for name, (command, examples, without) in COMMANDS.items():
+        if without is not None:
+            command = _with_flags(command, without) if name == called else _named(command)
+        app.command(name, epilog=examples)(command)
+    return app
+
+
+def _named(command: Callable[..., None]) -> Callable[[], None]:
+    """A command's place in the list of commands, without its flags."""
+
+    def stands_in() -> None:
+        raise AssertionError("only the command that is called is run")
+
+    stands_in.__doc__ = command.__doc__
+    return stands_in
+
+
 def main(arguments: list[str] | None = None) -> None:
     """The console script. Exit codes: 0 done, 1 failed, 2 refused, 130 interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        app(args=arguments, standalone_mode=False)
+        called = next((argument for argument in arguments if argument in COMMANDS), None)
+        code = make_app(called)(args=arguments, standalone_mode=False)
     except StreamlineError as error:
         _end(str(error), error.exit_code, arguments)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):  # the second is what the library makes of the first
         _end("interrupted; the same command continues after the last finished stage.", 130, arguments)
     except Exception as error:
         if not hasattr(error, "format_message"):  # what click itself refuses has one
             raise
         _end(f"{error.format_message()} See 'llm-streamline --help'.", 2, arguments)
+    if isinstance(code, int) and code:
+        raise SystemExit(code)
 
 
 def _end(message: str, code: int, arguments: list[str]) -> None:

@@ -7,11 +7,9 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from llm_streamline.errors import UserError
-from llm_streamline.records import Window
 
 _COUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([kmbt]?)", re.IGNORECASE)
 _SCALE = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
@@ -116,6 +114,8 @@ class Recipe(_Schema):
         if self.lr is not None and self.min_lr is not None and self.min_lr > self.lr:
             raise ValueError(f"--min-lr {self.min_lr} is above --lr {self.lr}; give a smaller one")
         if self.window is not None:
+            from llm_streamline.records import Window
+
             Window.parse(self.window)
         return self
 
@@ -179,6 +179,8 @@ def make_recipe(values: dict[str, Any], file: Path | None = None) -> Recipe:
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
+    import yaml  # here, so that a help page does not wait for it
+
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -191,6 +193,8 @@ def read_yaml(file: Path) -> dict[str, Any]:
 
 def to_yaml(recipe: Recipe) -> str:
     """The fields that were given, in the schema's order; reads back as an equal recipe."""
+    import yaml
+
     return yaml.safe_dump(recipe.model_dump(mode="json", exclude_unset=True), sort_keys=False)
 
 

@@ -1,0 +1,274 @@
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from llm_streamline import assemble as assemble_module
+from llm_streamline import oracle
+from llm_streamline.cli import COMMANDS, main
+from llm_streamline.families import layers_of
+from tests import tiny
+
+
+@pytest.fixture
+def cli(capsys, monkeypatch, tmp_path):
+    """Run the command line here, in an empty folder; gives exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(assemble_module, "verify", oracle.check)
+
+    def call(*arguments) -> tuple[int, str, str]:
+        code = 0
+        try:
+            main([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            code = stop.code
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def help_of(*arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "llm_streamline", *arguments, "--help"], capture_output=True, text=True, check=True
+    )
+    return done.stdout
+
+
+def examples(text: str) -> list[str]:
+    return [line.strip() for line in text.partition("Examples:")[2].splitlines() if line.strip()]
+
+
+@pytest.mark.parametrize("arguments", [[], *[[command] for command in COMMANDS]])
+def test_help_loads_neither_torch_nor_transformers(arguments):
+    script = (
+        "import sys; from llm_streamline.cli import main\n"
+        f"try: main({[*arguments, '--help']!r})\n"
+        "except SystemExit as stop: assert not stop.code\n"
+        "assert not {'torch', 'transformers', 'numpy', 'matplotlib'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "Usage: " in done.stdout
+
+
+def test_every_examples_of_the_help_pages_runs(cli):
+    lines = [line for command in COMMANDS for line in examples(help_of(command))]
+    assert {line.split()[1] for line in lines} == set(COMMANDS)
+    for line in lines:
+        if line.split()[1] == "demo":
+            continue  # tests/test_demo.py runs it
+        code, out, err = cli(*shlex.split(line)[1:])
+        assert code == 0 and out.strip(), (line, err)
+        if "--json" in line:
+            json.loads(out)
+
+
+def test_every_field_is_a_flag_and_the_named_ones_exist():
+    page = help_of("compress")
+    for flag in (
+        *("--data", "--remove", "--window", "--max-params", "--protect-first", "--protect-last", "--replace", "--loss"),
+        *("--tokens", "--block", "--batch", "--accumulate", "--lr", "--seed", "--dtype", "--preset", "-o", "--dry-run"),
+        *("--json", "--debug", "--recipe"),
+    ):
+        assert f" {flag}" in page, flag
+
+
+def test_results_go_to_stdout_and_chatter_to_stderr(cli, llama_folder, text_file):
+    small = ("--tokens", "4k", "--calibration-tokens", "2k", "--validation-tokens", "2k")
+    code, out, err = cli("compress", llama_folder, "--data", text_file, "-o", "out", "--remove", "2", *small)
+    assert code == 0 and "training" not in out
+    for words in ("held-out loss", "layers ", "verified", "out/model", "nmse", "parameters"):
+        assert words in out, words
+    assert "of 6 -> 1 layer, net 2" in err
+    code, out, err = cli("compress", llama_folder, "--data", text_file, "-o", "out", "--remove", "2", *small, "--json")
+    assert code == 0 and json.loads(out)["plan"]["num_layers"] == tiny.LAYERS
+    code, out, _ = cli("verify", "out")
+    assert code == 0 and out.startswith("verified: ")
+
+
+def test_a_failed_verification_has_its_own_exit_code(cli, llama_folder, text_file, tmp_path):
+    cli("compress", llama_folder, "--data", text_file, "-o", "out", "--remove", "2", "--replace", "none")
+    file = tmp_path / "out" / "model" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.1.self_attn.v_proj.weight"] *= 2
+    save_file(tensors, file, metadata={"format": "pt"})
+    code, out, _ = cli("verify", "out")
+    assert code == 1 and "problem: logits differ" in out
+
+
+def test_a_recipe_file_is_as_good_as_flags(cli, llama_folder, text_file, tmp_path):
+    (tmp_path / "r.yaml").write_text(f"model: {llama_folder}\ndata: [{text_file}]\nremove: '2'\n")
+    by_file = cli("compress", "--recipe", "r.yaml", "--dry-run", "--json")
+    by_flags = cli("compress", llama_folder, "--data", text_file, "--remove", "2", "--dry-run", "--json")
+    assert by_file[0] == 0 and by_file[1] == by_flags[1]
+
+
+def not_a_model(folder):
+    (folder / "config.json").unlink()
+
+
+def change_config(**changes):
+    def change(folder):
+        path = folder / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return change
+
+
+def encoder(folder):
+    (folder / "config.json").write_text(json.dumps({"model_type": "bert", "architectures": ["BertForMaskedLM"]}))
+
+
+def encoder_decoder(folder):
+    (folder / "config.json").write_text(json.dumps({"model_type": "t5", "is_encoder_decoder": True}))
+
+
+def hybrid(folder):
+    (folder / "config.json").write_text(json.dumps({"model_type": "bamba", "architectures": ["BambaForCausalLM"]}))
+
+
+def remote_code(folder):
+    change_config(model_type="mine", auto_map={"AutoConfig": "configuration_mine.MyConfig"})(folder)
+    (folder / "configuration_mine.py").write_text("raise SystemExit('remote code ran')")
+
+
+def pickled(folder):
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def no_weights(folder):
+    (folder / "model.safetensors").unlink()
+
+
+def cut_short(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def garbage(folder):
+    (folder / "model.safetensors").write_bytes(b"not a tensor in sight")
+
+
+def lost_shard(folder):
+    index = {"metadata": {}, "weight_map": {"a": "model-00001-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def no_tokenizer(folder):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+
+
+def small_vocabulary(folder):
+    model = tiny.make_model("llama")
+    model.resize_token_embeddings(200)
+    model.save_pretrained(folder)
+
+
+def not_finite(folder):
+    model = tiny.make_model("llama")
+    layers_of(model)[2].mlp.down_proj.weight.data[0, 0] = float("inf")
+    model.save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (not_a_model, "holds no config.json"),
+        (encoder, "holds BertForMaskedLM, which is no causal LM"),
+        (encoder_decoder, "is an encoder-decoder"),
+        (hybrid, "'bamba' is not proven"),
+        (change_config(model_type="nosuchmodel"), "cannot be used"),
+        (remote_code, "allow it with --trust-remote-code"),
+        (pickled, "allow them with --allow-pickle"),
+        (no_weights, "holds no model.safetensors"),
+        (cut_short, "shard model.safetensors of .* is missing or damaged"),
+        (garbage, "shard model.safetensors of .* is missing or damaged"),
+        (lost_shard, "shard model-00001-of-00002.safetensors of .* is missing or damaged"),
+        (no_tokenizer, "has no tokenizer that loads"),
+        (small_vocabulary, "makes ids up to 258 but the model embeds 200"),
+        (not_finite, "output of layer 2 has infinite or undefined values"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_models_that_cannot_be_used_get_one_sentence(cli, tmp_path_factory, tmp_path, text_file, damage, words):
+    folder = tiny.make_folder(tmp_path_factory.mktemp("damaged") / "model", "llama")
+    damage(folder)
+    refused(cli("compress", folder, "--data", text_file, "-o", "out", "--remove", "2"), words)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("MODEL --data TEXT -o out --remove 6", "leaves no layer of 6"),
+        ("MODEL --data TEXT -o out --remove 5", "would take the protected ends"),
+        ("MODEL --data TEXT -o out --window 0:3", "takes protected layers"),
+        ("MODEL --data TEXT -o out --remove 2 --window 1:3", "give one of --remove, --window and --max-params"),
+        ("MODEL -o out", "no --data was given; .*--data bundled"),
+        ("MODEL --data nothing.txt -o out", "is no file here"),
+        ("MODEL --data TEXT", "no output folder was given"),
+        ("MODEL --data TEXT -o out --tokens 9M", "--tokens 9000000 is more than"),
+        ("MODEL --data TEXT -o out --block 4096", "longer than the model's context of 128"),
+        ("MODEL --data TEXT -o out --loss huber", "--loss was given 'huber'"),
+        ("MODEL --data TEXT -o out --device cuda", "torch finds no GPU here"),
+        ("MODEL --data TEXT -o out --remov 2", "No such option.*--remove"),
+        ("MODEL --data TEXT -o out --preset papyrus", "preset 'papyrus' is not known"),
+        ("nosuch/model --data TEXT -o out", "neither a folder here nor a model that the Hub gives now"),
+        ("--data TEXT -o out", "no MODEL was given"),
+    ],
+)
+def test_requests_that_cannot_be_met_get_one_sentence(cli, tmp_path, llama_folder, text_file, arguments, words):
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    named = arguments.replace("MODEL", str(llama_folder)).replace("TEXT", str(text_file))
+    refused(cli("compress", *named.split()), words)
+    assert not list(tmp_path.iterdir())
+
+
+def refused(result: tuple[int, str, str], words: str) -> None:
+    """Exit 2, nothing on stdout, and one sentence of explanation as the last line of stderr."""
+    code, out, err = result
+    last = err.strip().splitlines()[-1]
+    assert code == 2 and not out, (code, out, err)
+    assert last.startswith("error: ") and last.endswith((".", "'--help'.")), last
+    assert sum(line.startswith("error: ") for line in err.splitlines()) == 1
+    assert re.search(words, last), last
+
+
+def test_debug_shows_the_trace(cli, text_file):
+    _, _, err = cli("compress", "nosuch/model", "--data", text_file, "-o", "out", "--debug")
+    assert "Traceback" in err and err.strip().splitlines()[-1].startswith("error: ")
+
+
+def test_pickle_loads_when_allowed(cli, tmp_path_factory, text_file):
+    folder = tiny.make_folder(tmp_path_factory.mktemp("pickled") / "model", "llama")
+    pickled(folder)
+    code, _, err = cli(
+        "compress", folder, "--data", text_file, "-o", "out", "--remove", "2", "--replace", "none", "--allow-pickle"
+    )
+    assert code == 0, err
+
+
+def test_version(cli):
+    code, out, _ = cli("--version")
+    assert code == 0 and out.startswith("llm-streamline 0.")
+
+
+def test_an_interrupt_is_said_in_a_sentence(cli, monkeypatch, llama_folder, text_file):
+    from llm_streamline import run
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "compress", interrupted)
+    code, out, err = cli("compress", llama_folder, "--data", text_file, "-o", "out")
+    assert code == 130 and not out and "error: interrupted; the same command continues" in err

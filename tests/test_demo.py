@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import json
+import re
+
+from llm_streamline.checkpoint import BUNDLED, Source, load_model, load_tokenizer
+from llm_streamline.cli import main
+from llm_streamline.demonstration import QUESTIONS
+from llm_streamline.evaluate.questions import choice_score, read_questions
+
+
+def test_deleting_costs_and_the_replacement_brings_it_back(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    main(["demo", "-o", "demo-run"])
+    out = capsys.readouterr().out
+    found = re.search(r"^accuracy dense (\S+) deleted (\S+) replaced (\S+)$", out, re.MULTILINE)
+    assert found and "held-out loss" in out
+    dense, deleted, replaced = map(float, found.groups())
+    assert dense - deleted >= 0.15
+    assert replaced - deleted >= 0.7 * (dense - deleted)
+    main(["demo", "-o", "demo-run", "--json"])
+    assert json.loads(capsys.readouterr().out)["accuracy"]["replaced"] == replaced
+
+
+def test_questions_have_four_choices_and_gold_in_every_place():
+    questions = read_questions(QUESTIONS)
+    assert len(questions) >= 200
+    for question in questions:
+        assert len(set(question["choices"])) == 4 and question["query"].endswith("Answer:")
+    counts = [sum(q["gold"] == place for q in questions) for place in range(4)]
+    assert min(counts) > 0.15 * len(questions)
+
+
+def test_a_choice_is_scored_by_the_tokens_after_the_query():
+    source = Source(BUNDLED)
+    model = load_model(source)
+    tokenizer = load_tokenizer(source, model.config.vocab_size)
+    question = read_questions(QUESTIONS)[0]
+    whole = tokenizer(question["query"] + question["choices"][0])["input_ids"]
+    assert whole[: len(tokenizer(question["query"])["input_ids"])] == tokenizer(question["query"])["input_ids"]
+    assert choice_score(model, tokenizer, question["query"], question["choices"][0]) < 0

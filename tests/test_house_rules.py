@@ -1,0 +1,94 @@
+"""The rules that keep the house in order."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llm_streamline.recipe import make_recipe
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src" / "llm_streamline"
+MODULES = sorted(path for path in SOURCE.rglob("*.py"))
+PRODUCT = [path for path in MODULES if "demo" not in path.relative_to(SOURCE).parts]
+STAGES = {"analyze", "choose", "train", "assemble", "evaluate", "report"}
+CONDUCTORS = {"run", "cli", "demonstration", "__init__", "__main__"}
+FAMILY_NAMES = re.compile(
+    r"\b(llama|opt|mistral|mixtral|qwen\w*|gemma\w*|phi3?|gpt2|gpt_neox?|bloom|falcon|olmo\w*|granite|starcoder\w*|smollm\w*|"
+    r"cohere\w*|deepseek\w*|glm\w*|exaone\w*|baichuan|mamba|jamba)\b",
+    re.IGNORECASE,
+)
+
+
+def imported(path: Path) -> set[str]:
+    """The package's own modules that a module imports, by first name."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("llm_streamline"):
+            tail = (node.module or "").split(".")[1:]
+            names |= {tail[0]} if tail else {alias.name for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("path", PRODUCT, ids=lambda path: path.stem)
+def test_no_family_is_named_outside_families(path):
+    if path.name == "families.py":
+        assert FAMILY_NAMES.search(path.read_text(encoding="utf-8"))
+        return
+    assert not FAMILY_NAMES.findall(path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("path", PRODUCT, ids=lambda path: path.stem)
+def test_only_the_conductors_import_stages(path):
+    own = path.relative_to(SOURCE).parts[0].removesuffix(".py")
+    if own in CONDUCTORS:
+        return
+    assert not (imported(path) & (STAGES | CONDUCTORS)) - {own}
+
+
+def test_importing_the_package_loads_nothing_heavy_and_changes_nothing():
+    script = (
+        "import random, logging, sys; state = random.getstate(); import llm_streamline;"
+        "assert random.getstate() == state and not logging.root.handlers;"
+        "assert not {'torch', 'transformers', 'numpy', 'typer'} & set(sys.modules), sorted(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_files_and_functions_stay_small(path):
+    text = path.read_text(encoding="utf-8")
+    assert text.count("\n") <= 350
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 40, f"{node.name} has {node.end_lineno - node.lineno + 1} lines"
+
+
+@pytest.mark.parametrize("path", PRODUCT, ids=lambda path: path.stem)
+def test_modules_say_what_they_are_for(path):
+    if path.name != "__main__.py":
+        assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+
+
+def test_every_module_has_its_tests():
+    elsewhere = {"demonstration": "demo", "sources": "text", "oracle": "assemble", "replacement": "train"}
+    elsewhere |= {"workspace": "run", "checkpoint": "cli", "records": "choose", "errors": "cli"}
+    covered = {path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py")}
+    modules = {path.stem for path in PRODUCT if path.parent == SOURCE and not path.stem.startswith("__")}
+    assert {elsewhere.get(name, name) for name in modules} <= covered
+
+
+def test_shipped_recipes_parse():
+    files = sorted((ROOT / "recipes").glob("*.yaml"))
+    assert files
+    for file in files:
+        make_recipe({}, file)
+
+
+def test_the_bundled_files_are_small():
+    assert all(path.stat().st_size < 8e6 for path in SOURCE.rglob("*") if path.is_file())

@@ -1,0 +1,175 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import llm_streamline
+from llm_streamline import assemble as assemble_module
+from llm_streamline import oracle, run
+from llm_streamline.errors import UserError
+from llm_streamline.recipe import Recipe, Runtime
+from llm_streamline.train import Trainer
+from tests import tiny
+
+FILES = {
+    "recipe.yaml",
+    "similarity.json",
+    "plan.json",
+    "replacement",
+    "model",
+    "scores.json",
+    "similarity.png",
+    "heat-map.png",
+}
+
+
+@pytest.fixture(autouse=True)
+def in_this_process(monkeypatch):
+    monkeypatch.setattr(assemble_module, "verify", oracle.check)
+
+
+@pytest.fixture
+def recipe(llama_folder, text_file):
+    def make(**changes) -> Recipe:
+        small = {"tokens": 8000, "calibration_tokens": 2000, "validation_tokens": 2000, "remove": "2"}
+        return Recipe(**{"model": str(llama_folder), "data": (str(text_file),), **small, **changes})
+
+    return make
+
+
+def quiet(folder, **changes) -> Runtime:
+    return Runtime(output=folder, quiet=True, **changes)
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def equal(one, other) -> bool:
+    return set(one) == set(other) and all(torch.equal(value, other[key]) for key, value in one.items())
+
+
+def test_compress_writes_the_whole_folder_and_says_what_lies_in_it(recipe, tmp_path):
+    result = llm_streamline.compress(recipe(), quiet(tmp_path / "out"))
+    assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
+    loaded = AutoModelForCausalLM.from_pretrained(result.model)
+    assert loaded.num_parameters() == result.plan.parameters_after == result.verification.parameters
+    assert loaded.config.num_hidden_layers == tiny.LAYERS - 2
+    assert result.fit.validation_best < result.fit.validation_before
+    manifest = json.loads((tmp_path / "out" / "model" / oracle.MANIFEST).read_text())
+    assert manifest["data"]["training"]["tokens"] == result.fit.tokens
+    assert manifest["fit"]["threads"] == torch.get_num_threads()
+    assert set(manifest["versions"]) == {"llm-streamline", "python", "torch", "transformers"}
+
+
+def test_the_same_command_again_does_nothing_and_says_the_same(recipe, tmp_path, monkeypatch):
+    first = run.compress(recipe(), quiet(tmp_path / "out"))
+    monkeypatch.setattr(Trainer, "fit", None)
+    monkeypatch.setattr(run, "analyze", None)
+    monkeypatch.setattr(run, "next_token_loss", None)
+    assert run.compress(recipe(), quiet(tmp_path / "out")) == first
+
+
+def test_two_runs_of_one_recipe_are_equal_to_the_bit(recipe, tmp_path):
+    for name in ("one", "two"):
+        run.compress(recipe(init="random"), quiet(tmp_path / name))
+    assert equal(weights(tmp_path / "one"), weights(tmp_path / "two"))
+    run.compress(recipe(init="random", seed=1), quiet(tmp_path / "three"))
+    assert not equal(weights(tmp_path / "one"), weights(tmp_path / "three"))
+
+
+def test_a_run_stopped_between_stages_continues_to_the_same_weights(recipe, tmp_path, monkeypatch):
+    run.compress(recipe(), quiet(tmp_path / "whole"))
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "assemble", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run.compress(recipe(), quiet(tmp_path / "stopped"))
+    assert not (tmp_path / "stopped" / "model").exists()
+    (tmp_path / "stopped" / ".partial-00000000-model").mkdir()  # as a killed process leaves it
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "fit", None)
+        run.compress(recipe(), quiet(tmp_path / "stopped"))
+    assert equal(weights(tmp_path / "whole"), weights(tmp_path / "stopped"))
+    assert {path.name for path in (tmp_path / "stopped").iterdir()} == FILES
+
+
+def test_a_changed_recipe_is_refused_by_its_keys(recipe, tmp_path):
+    run.compress(recipe(replace="none"), quiet(tmp_path / "out"))
+    with pytest.raises(UserError, match=r"another recipe \(--remove, --lr changed\)"):
+        run.compress(recipe(replace="none", remove="3", lr=1e-4), quiet(tmp_path / "out"))
+
+
+def test_folders_that_are_not_ours_are_refused(recipe, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("")
+    (tmp_path / "file").write_text("")
+    for folder, words in (
+        (tmp_path / "full", "is not empty"),
+        (tmp_path / "file", "is a file"),
+        (None, "no output folder"),
+    ):
+        with pytest.raises(UserError, match=words):
+            run.compress(recipe(), quiet(folder))
+
+
+@pytest.mark.parametrize("replace", ["none", "layer:2"])
+def test_other_replacements(recipe, tmp_path, replace):
+    result = run.compress(recipe(replace=replace), quiet(tmp_path / "out"))
+    assert result.plan.net == 2 and len(result.plan.window) == 2 + result.plan.occupied
+    assert (result.fit is None) == (replace == "none")
+    if replace == "none":
+        assert result.scores.saved.nats == pytest.approx(result.scores.cut.nats, abs=1e-5)
+
+
+def test_the_saved_loss_is_that_of_the_cast_model(recipe, tmp_path):
+    exact = run.compress(recipe(), quiet(tmp_path / "exact"))
+    cast = run.compress(recipe(dtype="bfloat16"), quiet(tmp_path / "cast"))
+    assert {tensor.dtype for tensor in weights(tmp_path / "cast").values()} == {torch.bfloat16}
+    assert exact.scores.dense == cast.scores.dense
+    assert exact.scores.saved.nats != cast.scores.saved.nats
+    assert exact.scores.saved.nats == pytest.approx(cast.scores.saved.nats, abs=0.05)
+
+
+def test_bfloat16_computing_saves_in_the_checkpoints_format(recipe, tmp_path):
+    result = run.compress(recipe(), quiet(tmp_path / "out", compute="bfloat16"))
+    assert {tensor.dtype for tensor in weights(tmp_path / "out").values()} == {torch.float32}
+    assert result.fit.compute == "bfloat16 autocast" and result.verification.passed
+
+
+def test_planning_writes_nothing(recipe, tmp_path):
+    plan = run.plan_only(recipe(), quiet(tmp_path / "out"))
+    assert plan.net == 2 and not list(tmp_path.iterdir())
+
+
+def test_an_analysis_has_a_folder_of_its_own(recipe, tmp_path):
+    for _ in range(2):
+        _, folder = run.analyze_model(recipe(), quiet(tmp_path / "a"))
+    assert {path.name for path in folder.iterdir()} == run.ANALYSIS_FILES
+    (tmp_path / "a" / "other").write_text("")
+    with pytest.raises(UserError, match="holds other things"):
+        run.analyze_model(recipe(), quiet(tmp_path / "a"))
+
+
+def test_the_curve_goes_to_a_tracker(recipe, tmp_path):
+    pytest.importorskip("tensorboard")
+    run.compress(recipe(), quiet(tmp_path / "out", tracker="tensorboard"))
+    assert list((tmp_path / "out" / "tracking").rglob("events*"))
+
+
+def test_an_unknown_tracker_is_refused(recipe, tmp_path):
+    with pytest.raises(UserError, match="--tracker nosuch cannot be used"):
+        run.compress(recipe(), quiet(tmp_path / "out", tracker="nosuch"))
+
+
+def test_a_disk_that_fills_while_saving_leaves_no_model(recipe, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(assemble_module, "record_oracle", full)
+    with pytest.raises(UserError, match="the disk is full"):
+        run.compress(recipe(), quiet(tmp_path / "out"))
+    assert {path.name for path in (tmp_path / "out").iterdir()} == FILES - {"model", "scores.json"}
