@@ -25,7 +25,9 @@ def main(text: str, *models: str) -> None:
         block = min(2048, context_length(model.config))
         blocks = torch.tensor(ids[: len(ids) // block * block]).view(-1, block)
         loss = next_token_loss(model, blocks, max(1, 4096 // block), name)
-        print(f"{name}: perplexity {math.exp(loss.nats):.2f}, {loss.nats:.4f} ± {loss.se:.4f} nats, {loss.tokens} tokens")
+        print(
+            f"{name}: perplexity {math.exp(loss.nats):.2f}, {loss.nats:.4f} ± {loss.se:.4f} nats, {loss.tokens} tokens"
+        )
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from llm_streamline.recipe import Recipe, Runtime
     from llm_streamline.records import Record, Result
 
+_INTERRUPTED = 130
 _SHORT = {"output": "-o"}
 _ONLY_COMPRESS = {
     *(
@@ -107,7 +108,7 @@ def _with_flags(command: Callable[[Recipe, Runtime], None], leave_out: set[str])
 
 
 def compress(recipe: Recipe, runtime: Runtime) -> None:
-    """Find the redundant layers, remove them, train a replacement, write a verified HuggingFace folder."""
+    """Replace redundant layers and write a verified HuggingFace folder."""
     from llm_streamline import run
 
     if runtime.dry_run:
@@ -127,7 +128,7 @@ def _summary(result: Result) -> list[str | Table]:
 
 
 def analyze(recipe: Recipe, runtime: Runtime) -> None:
-    """Measure how little every run of layers changes the hidden state: tables, similarity.json and figures."""
+    """Measure how little every run of layers changes the hidden state."""
     from llm_streamline import report, run
 
     similarity, folder = run.analyze_model(recipe, runtime)
@@ -141,7 +142,7 @@ def verify(
     json_output: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the trace of an error.")] = False,
 ) -> None:
-    """Check again, in a fresh process, that a model folder made by this tool computes what it should."""
+    """Check in a fresh process that a folder computes what it should."""
     from llm_streamline import oracle
 
     found = oracle.verify(folder)
@@ -159,7 +160,7 @@ def demo(
     json_output: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the trace of an error.")] = False,
 ) -> None:
-    """Shorten the bundled model by a quarter of its layers and ask it questions before and after."""
+    """Shorten the bundled model and ask it questions before and after."""
     from llm_streamline import demonstration
     from llm_streamline.recipe import Runtime
 
@@ -251,15 +252,15 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         called = next((argument for argument in arguments if argument in COMMANDS), None)
-        code = make_app(called)(args=arguments, standalone_mode=False)
+        code = make_app(called)(args=arguments, standalone_mode=False, prog_name="llm-streamline")
     except StreamlineError as error:
         _end(str(error), error.exit_code, arguments)
-    except (KeyboardInterrupt, typer.Abort):  # the second is what the library makes of the first
-        _end("interrupted; the same command continues after the last finished stage.", 130, arguments)
     except Exception as error:
         if not hasattr(error, "format_message"):  # what click itself refuses has one
             raise
         _end(f"{error.format_message()} See 'llm-streamline --help'.", 2, arguments)
+    if code == _INTERRUPTED:
+        _end("interrupted; the same command continues after the last finished stage.", _INTERRUPTED, arguments)
     if isinstance(code, int) and code:
         raise SystemExit(code)
 
