@@ -39,6 +39,7 @@ def write(parts: Parts, target, dtype=torch.float32):
         tensors={},
         fit=None,
         data={},
+        layer_similarities=[],
         versions={},
     )
     return assemble(parts, dtype, tiny.random_ids(4, 100), manifest, target)

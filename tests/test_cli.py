@@ -234,6 +234,26 @@ def test_requests_that_cannot_be_met_get_one_sentence(cli, tmp_path, llama_folde
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("empty.txt", b"", "is empty"),
+        ("binary.txt", b"text\0more", "is binary"),
+        ("latin.txt", b"caf\xe9 " * 9, "is not UTF-8"),
+        ("bad.jsonl", b'{"text": "a"\n', "is not JSON"),
+        ("field.jsonl", b'{"words": "a"}\n', "name the right one with --field"),
+        ("short.txt", b"a few words", "give more text with --data or a smaller --block"),
+    ],
+)
+def test_text_that_cannot_be_used_gets_one_sentence(
+    cli, tmp_path, tmp_path_factory, llama_folder, name, content, words
+):
+    file = tmp_path_factory.mktemp("text") / name
+    file.write_bytes(content)
+    refused(cli("compress", llama_folder, "--data", file, "-o", "out"), words)
+    assert not list(tmp_path.iterdir())
+
+
 def refused(result: tuple[int, str, str], words: str) -> None:
     """Exit 2, nothing on stdout, and one sentence of explanation as the last line of stderr."""
     code, out, err = result

@@ -63,6 +63,8 @@ def test_compress_writes_the_whole_folder_and_says_what_lies_in_it(recipe, tmp_p
     manifest = json.loads((tmp_path / "out" / "model" / oracle.MANIFEST).read_text())
     assert manifest["data"]["training"]["tokens"] == result.fit.tokens
     assert manifest["fit"]["threads"] == torch.get_num_threads()
+    assert len(manifest["layer_similarities"]) == tiny.LAYERS
+    assert manifest["scores"] == json.loads(result.scores.model_dump_json())
     assert set(manifest["versions"]) == {"llm-streamline", "python", "torch", "transformers"}
 
 

@@ -69,6 +69,10 @@ class Similarity(Record):
     relative_change: Matrix
     relative_change_se: Matrix
 
+    def of_layers(self) -> list[float]:
+        """Cosine of each layer's input and output."""
+        return [self.cosine[layer][layer + 1] for layer in range(self.num_layers)]
+
     def of(self, window: Window) -> float:
         return self.cosine[window.start][window.stop]
 
@@ -226,8 +230,10 @@ class Manifest(Record):
     limits: list[str] = []
     fit: Fit | None
     data: dict[str, Any]
+    layer_similarities: list[float]
     versions: dict[str, str]
     verification: Verification | None = None
+    scores: Scores | None = None
 
 
 class Result(Record):

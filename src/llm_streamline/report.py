@@ -92,9 +92,8 @@ def draw_similarity(similarity: Similarity, path: Path, chosen: Window | None = 
     """The paper's Figure 2: cosine between each layer's input and output, with its standard error."""
     figure, axes = _figure(width=7.0, height=3.6)
     layers = range(similarity.num_layers)
-    windows = [Window(start=layer, stop=layer + 1) for layer in layers]
-    cosines = [similarity.of(window) for window in windows]
-    errors = [similarity.error_of(window) for window in windows]
+    cosines = similarity.of_layers()
+    errors = [similarity.error_of(Window(start=layer, stop=layer + 1)) for layer in layers]
     if chosen is not None:
         axes.axvspan(chosen.start - 0.5, chosen.stop - 0.5, color="tab:orange", alpha=0.25, label=f"window {chosen}")
         axes.legend(loc="lower right")

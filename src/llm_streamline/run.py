@@ -48,7 +48,7 @@ def compress(recipe: Recipe, runtime: Runtime | None = None) -> Result:
     say(describe(plan), runtime.quiet)
     draw_choice(similarity, plan, folder)
     fit = train_replacement(work, plan, folder)
-    verification = assemble_model(work, plan, fit, folder)
+    verification = assemble_model(work, plan, fit, similarity, folder)
     scores = folder.stage("scores.json", Scores, lambda: score(work, plan, folder))
     model = str(folder.path / "model")
     return Result(plan=plan, fit=fit, scores=scores, verification=verification, model=model)
@@ -92,6 +92,12 @@ def train_replacement(work: Workspace, plan: LayerPlan, folder: RunFolder) -> Fi
     recipe, training = work.recipe, shuffled(work.parts.training, work.recipe.seed)
     replacement = build_replacement(work.model, plan.replaced(), recipe.init, recipe.seed).to(work.device)
     settings = Settings.resolve(recipe, training, work.config.hidden_size, work.bfloat16)
+    steps = -(-len(training) // (settings.batch * settings.accumulate))
+    say(
+        f"training on {training.numel():,} tokens: {steps} steps of {settings.batch * settings.accumulate} sequences "
+        f"of {training.shape[1]} tokens, learning rate {settings.lr:g} to {settings.min_lr:g}",
+        work.runtime.quiet,
+    )
     with tracking(work) as track, atomic(folder.file("replacement")) as temporary:
         trainer = Trainer(work.model, plan.window, replacement, settings, work.runtime.quiet, track)
         fit = trainer.fit(training, work.parts.validation)
@@ -131,7 +137,9 @@ def flat(recipe: Recipe) -> dict[str, Any]:
     return {key: value if isinstance(value, (int, float, str)) else " ".join(map(str, value)) for key, value in values}
 
 
-def assemble_model(work: Workspace, plan: LayerPlan, fit: Fit | None, folder: RunFolder) -> Verification:
+def assemble_model(
+    work: Workspace, plan: LayerPlan, fit: Fit | None, similarity: Similarity, folder: RunFolder
+) -> Verification:
     """Stage 4: `model/`, which appears only when verified."""
     target = folder.file("model")
     if folder.has("model"):
@@ -150,6 +158,7 @@ def assemble_model(work: Workspace, plan: LayerPlan, fit: Fit | None, folder: Ru
         tensors={},
         fit=fit,
         data=work.parts.summary(),
+        layer_similarities=similarity.of_layers(),
         versions=versions(),
     )
     return assemble(parts, work.dtype, work.parts.validation, manifest, target)
@@ -169,7 +178,10 @@ def score(work: Workspace, plan: LayerPlan, folder: RunFolder) -> Scores:
         cut = next_token_loss(work.model, blocks, batch, "the merely cut model", quiet)
     saved_model = work.load(checkpoint.Source(str(folder.path / "model")))
     saved = next_token_loss(saved_model, blocks, batch, "the saved model", quiet)
-    return Scores(dense=dense, cut=cut, saved=saved)
+    scores = Scores(dense=dense, cut=cut, saved=saved)
+    manifest = folder.path / "model" / MANIFEST
+    Manifest.read(manifest).model_copy(update={"scores": scores}).write(manifest)
+    return scores
 
 
 def analyze_model(recipe: Recipe, runtime: Runtime) -> tuple[Similarity, Path]:
