@@ -194,7 +194,7 @@ def not_finite(folder):
         (garbage, "shard model.safetensors of .* is missing or damaged"),
         (lost_shard, "shard model-00001-of-00002.safetensors of .* is missing or damaged"),
         (no_tokenizer, "has no tokenizer that loads"),
-        (small_vocabulary, "makes ids up to 258 but the model embeds 200"),
+        (small_vocabulary, "makes ids up to 258 but the model embeds 200 tokens"),
         (not_finite, "output of layer 2 has infinite or undefined values"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),

@@ -33,6 +33,7 @@ def plan_for(model, window: Window, occupied: int = 0) -> LayerPlan:
         similarity=0.9,
         similarity_se=0.0,
         plain_window=window,
+        plain_parameters=total - sum(layers[window.start : window.stop]),
         why="a test",
     )
 

@@ -67,6 +67,15 @@ def test_mistakes_are_one_sentence(values, words):
     assert "\n" not in str(caught.value)
 
 
+def test_yaml_means_what_the_flags_mean(tmp_path):
+    file = tmp_path / "r.yaml"
+    file.write_text("model: m\ndata: a.txt\nwindow: 21:30\nseed: 3\ntokens: 250k\nlr: 1e-4\n")
+    recipe = make_recipe({}, file)
+    assert (recipe.window, recipe.seed, recipe.tokens, recipe.lr) == ("21:30", 3, 250_000, 1e-4)
+    assert recipe.data == ("a.txt",)
+    assert Recipe(model="m", remove=8) == Recipe(model="m", remove="8")
+
+
 def test_unreadable_recipe_files(tmp_path):
     (tmp_path / "list.yaml").write_text("- a\n")
     (tmp_path / "broken.yaml").write_text("a: [1\n")

@@ -63,7 +63,7 @@ def test_the_summary_says_what_it_cost(similarity):
     loss = [Loss(nats=nats, se=0.01, tokens=10, sequences=2) for nats in (3.0, 3.5, 3.2)]
     scores = Scores(dense=loss[0], cut=loss[1], saved=loss[2])
     plan = plan_for(tiny.make_model("llama"), Window(start=1, stop=4), 1)
-    text = shown(report.summary_table(plan, fit(), scores))
+    text = shown(report.summary_table(plan, scores))
     assert "+0.5000" in text and "+0.2000" in text and f"{plan.parameters_after:,}" in text
 
 

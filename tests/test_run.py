@@ -105,6 +105,21 @@ def test_a_changed_recipe_is_refused_by_its_keys(recipe, tmp_path):
         run.compress(recipe(replace="none", remove="3", lr=1e-4), quiet(tmp_path / "out"))
 
 
+def test_a_run_killed_before_its_first_result_can_be_repeated(recipe, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".partial-00000000-recipe.yaml").write_text("half")
+    run.compress(recipe(replace="none"), quiet(tmp_path / "out"))
+
+
+def test_a_generation_config_that_transformers_would_not_save_travels_along(recipe, tmp_path):
+    model = tiny.make_folder(tmp_path / "model", "llama")
+    settings = {"do_sample": False, "temperature": 0.3, "eos_token_id": [2, 7]}
+    (model / "generation_config.json").write_text(json.dumps(settings))
+    result = run.compress(recipe(model=str(model), replace="none"), quiet(tmp_path / "out"))
+    found = json.loads((tmp_path / "out" / "model" / "generation_config.json").read_text())
+    assert {key: found.get(key, False) for key in settings} == settings and result.verification.passed
+
+
 def test_folders_that_are_not_ours_are_refused(recipe, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("")

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from llm_streamline.checkpoint import check_ids
 from llm_streamline.errors import UserError
 from llm_streamline.recipe import Recipe
 from llm_streamline.sources import Documents
@@ -132,6 +133,12 @@ def test_missing_files_data_and_tokens_are_refused(text_file, tmp_path):
         read(text_file, tokens=900_000)
     with pytest.raises(UserError, match="has no text in 'story'"):
         read(text_file, field="story")
+
+
+def test_ids_past_the_embeddings_are_refused():
+    check_ids(torch.tensor([0, 9]), vocabulary=10)
+    with pytest.raises(UserError, match="makes ids up to 10 but the model embeds 10"):
+        check_ids(torch.tensor([0, 10]), vocabulary=10)
 
 
 def test_the_redpajama_schema_is_read_as_it_is(shared):

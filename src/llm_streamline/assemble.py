@@ -75,8 +75,10 @@ def _write_oracle(parts: Parts, prompts: Tensor, folder: Path) -> list[str]:
 def _write_model(parts: Parts, dtype: torch.dtype, folder: Path) -> dict[str, int]:
     """Save weights, configuration, tokenizer and generation settings; returns what became of the source's tensors."""
     model, tensors = build(parts, dtype)
-    model.generation_config = parts.source.generation_config
     model.save_pretrained(folder)
+    if parts.source.can_generate():  # as it is: some published ones would be refused by transformers' own save
+        text = parts.source.generation_config.to_json_string()
+        (folder / "generation_config.json").write_text(text, encoding="utf-8")
     if parts.tokenizer is not None:
         parts.tokenizer.save_pretrained(folder)
         sample = {"text": _SAMPLE, "ids": parts.tokenizer(_SAMPLE)["input_ids"]}

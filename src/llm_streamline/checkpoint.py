@@ -72,12 +72,22 @@ def load_tokenizer(source: Source, vocabulary: int) -> PreTrainedTokenizerBase:
             f"{source.name} has no tokenizer that loads ({type(error).__name__}); "
             "put the model's tokenizer files beside it."
         ) from error
-    if len(tokenizer) > vocabulary:
-        raise UserError(
-            f"the tokenizer of {source.name} makes ids up to {len(tokenizer) - 1} but the model embeds {vocabulary}; "
-            "give the tokenizer that belongs to the model."
-        )
+    if tokenizer.vocab_size > vocabulary:  # added tokens are left to `check_ids`: many are never used
+        raise UserError(_mismatch(tokenizer.vocab_size - 1, vocabulary))
     return tokenizer
+
+
+def check_ids(ids: torch.Tensor, vocabulary: int) -> None:
+    """Errors: UserError where token ids reach past the model's embeddings."""
+    if ids.numel() and int(ids.max()) >= vocabulary:
+        raise UserError(_mismatch(int(ids.max()), vocabulary))
+
+
+def _mismatch(highest: int, vocabulary: int) -> str:
+    return (
+        f"the tokenizer makes ids up to {highest} but the model embeds {vocabulary} tokens; "
+        "put the tokenizer that belongs to the model into its folder."
+    )
 
 
 def load_model(source: Source, dtype: torch.dtype | str = "auto", device: str = "cpu") -> PreTrainedModel:

@@ -36,6 +36,7 @@ def choose(similarity: Similarity, shape: ModelShape, recipe: Recipe) -> LayerPl
         similarity=similarity.of(window),
         similarity_se=similarity.error_of(window),
         plain_window=plain,
+        plain_parameters=parameters_after(shape, plain, 0),
         why=why,
     )
 

@@ -124,7 +124,7 @@ def _summary(result: Result) -> list[str | Table]:
 
     plan, fit, scores = result.plan, result.fit, result.scores
     lines = report.summary_lines(plan, fit, result.verification, Path(result.model))
-    return [report.summary_table(plan, fit, scores), *lines]
+    return [report.summary_table(plan, scores), *lines]
 
 
 def analyze(recipe: Recipe, runtime: Runtime) -> None:

@@ -25,6 +25,16 @@ def parse_count(value: Any) -> Any:
     return round(float(match[1]) * _SCALE[match[2].lower()])
 
 
+def as_text(value: Any) -> Any:
+    """A whole number as its digits, so that `remove=8` means what `--remove 8` does."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def as_several(value: Any) -> Any:
+    """One name as a tuple of one."""
+    return (value,) if isinstance(value, str) else value
+
+
 Count = Annotated[int, BeforeValidator(parse_count), Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
@@ -43,7 +53,7 @@ class Recipe(_Schema):
     """What to make. Two runs of one recipe on one machine give the same weights, bit for bit."""
 
     model: str = Field(description="Folder or Hub name of the causal LM to shorten; 'bundled' is the demo model.")
-    data: tuple[str, ...] = Field(
+    data: Annotated[tuple[str, ...], BeforeValidator(as_several)] = Field(
         (),
         description="Text to measure and train on: .txt or .jsonl files, hub:NAME[:SPLIT] for a Hub data set, "
         "or 'bundled'. Give it several times for several sources.",
@@ -55,7 +65,7 @@ class Recipe(_Schema):
         None,
         description="A named set of values below: paper, paper-none or paper-random. What you give wins.",
     )
-    remove: str | None = Field(
+    remove: Annotated[str | None, BeforeValidator(as_text)] = Field(
         None, description="Net layers to remove: a number (8) or a share of the layers (25%). [default: 25%]"
     )
     window: str | None = Field(
@@ -182,13 +192,28 @@ def read_yaml(file: Path) -> dict[str, Any]:
     import yaml  # here, so that a help page does not wait for it
 
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        values = yaml.load(file.read_text(encoding="utf-8"), Loader=_loader())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"recipe {file} cannot be read ({reason}); give a YAML file of `key: value` lines.") from error
     if not isinstance(values, dict):
         raise UserError(f"recipe {file} holds no `key: value` lines; write for example `model: path/to/model`.")
     return values
+
+
+def _loader() -> Any:
+    """YAML without whole numbers and dates: in YAML 1.1, `window: 21:30` is the number 1290. The schema converts."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    unwanted = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:timestamp")
+    Loader.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag not in unwanted]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    return Loader
 
 
 def to_yaml(recipe: Recipe) -> str:

@@ -116,6 +116,7 @@ class LayerPlan(Record):
     similarity: float
     similarity_se: float
     plain_window: Window
+    plain_parameters: int
     why: str
 
     @property

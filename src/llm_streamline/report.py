@@ -42,13 +42,17 @@ def usual_lengths(num_layers: int) -> list[int]:
     return sorted({max(1, int(share * num_layers + 0.5)) for share in USUAL_SHARES})
 
 
-def summary_table(plan: LayerPlan, fit: Fit | None, scores: Scores) -> Table:
+def summary_table(plan: LayerPlan, scores: Scores) -> Table:
     """What was removed, what it cost and what the replacement brought back."""
     table = _table("model", "layers", "parameters", "held-out loss", "excess, nats")
-    cut_parameters = "" if fit else f"{plan.parameters_after:,}"
     rows = (
         ("dense", plan.num_layers, f"{plan.parameters_before:,}", scores.dense),
-        (f"cut {plan.plain_window}", plan.num_layers - len(plan.plain_window), cut_parameters, scores.cut),
+        (
+            f"cut {plan.plain_window}",
+            plan.num_layers - len(plan.plain_window),
+            f"{plan.plain_parameters:,}",
+            scores.cut,
+        ),
         ("saved", plan.num_layers - plan.net, f"{plan.parameters_after:,}", scores.saved),
     )
     for name, layers, parameters, loss in rows:

@@ -35,6 +35,8 @@ class RunFolder:
             raise UserError("no output folder was given; name one with -o, such as -o streamlined.")
         if path.exists() and not path.is_dir():
             raise UserError(f"-o {path} is a file; give a folder that is new or empty.")
+        if path.exists():
+            remove_leftovers(path)
         contents = [entry.name for entry in path.iterdir()] if path.exists() else []
         if RECIPE in contents:
             changed = changed_keys(Recipe(**read_yaml(path / RECIPE)), recipe)
@@ -43,7 +45,6 @@ class RunFolder:
                     f"-o {path} holds a run of another recipe ({', '.join(changed)} changed); "
                     "repeat the command as it was, or give another folder."
                 )
-            remove_leftovers(path)
         elif contents:
             raise UserError(f"-o {path} is not empty and not a run of this tool; give a folder that is new or empty.")
         return cls(path, recipe)
@@ -131,7 +132,11 @@ class Workspace:
 
     @cached_property
     def parts(self) -> Parts:
-        return read_parts(self.recipe, self.tokenizer, checkpoint.context_length(self.config), self.runtime.quiet)
+        context = checkpoint.context_length(self.config)
+        parts = read_parts(self.recipe, self.tokenizer, context, self.runtime.quiet)
+        for blocks in (parts.calibration, parts.training, parts.validation):
+            checkpoint.check_ids(blocks, self.config.vocab_size)
+        return parts
 
     def batch(self, tokens: int) -> int:
         """Sequences that make up about `tokens` tokens."""
