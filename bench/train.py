@@ -25,17 +25,20 @@ WINDOW = Window(start=7, stop=11)
 def run(compute: str) -> list[Finding]:
     model = load(compute)
     settings = Settings("nmse", BATCH, 1, 1e-3, 1e-4, 1e-3, 0.01, 5.0, autocast=compute == "bfloat16")
-    trainer = Trainer(model, WINDOW, build_replacement(model, [WINDOW.start], "inherited", 0), settings, quiet=True)
+    trainer = WithoutValidation(
+        model, WINDOW, build_replacement(model, [WINDOW.start], "inherited", 0), settings, quiet=True
+    )
     blocks = random_blocks(model, BATCH * STEPS)
-    rounds = interleaved({**parts(trainer, blocks), "training": lambda: train(trainer, blocks)}, rounds=7)
+    rounds = interleaved({**parts(trainer, blocks), "training": lambda: trainer.fit(blocks, blocks[:0])}, rounds=7)
     ratio = median((s["frozen"] + s["replacement"] + s["optimizer"]) / s["training"] for s in rounds)
     return [Finding(f"training speed / what its parts allow, {compute}", ratio, "at least 0.85", ratio >= 0.85)]
 
 
-def train(trainer: Trainer, blocks: torch.Tensor) -> None:
-    optimizer = trainer.optimizer()
-    for ids in blocks.split(BATCH):
-        trainer.step(optimizer, ids, 1e-6)
+class WithoutValidation(Trainer):
+    """Training as it is, but for the validation, which is on neither side of the ratio."""
+
+    def validate(self, blocks: torch.Tensor) -> float:
+        return 0.0
 
 
 def parts(trainer: Trainer, blocks: torch.Tensor) -> dict[str, object]:

@@ -9,13 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from llm_streamline import assemble as assemble_module
 from llm_streamline import oracle
 from llm_streamline.assemble import Parts, assemble
 from llm_streamline.checkpoint import round_weights
 from llm_streamline.errors import UserError, VerificationError
-from llm_streamline.records import LayerPlan, Manifest, Window
+from llm_streamline.records import LayerPlan, Manifest, Verification, Window
 from llm_streamline.replacement import ReplacementLayers, build_replacement
 from tests import tiny
 from tests.test_families import plan_for
@@ -69,10 +70,11 @@ def test_a_fresh_process_finds_the_model_right(published):
 def test_the_folder_loads_without_this_package(published):
     parts, folder, _ = published
     script = (
-        "import sys, torch; from transformers import AutoModelForCausalLM, AutoTokenizer;"
+        "import sys, torch; sys.modules['llm_streamline'] = None;"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer;"
         f"m = AutoModelForCausalLM.from_pretrained({str(folder)!r}); t = AutoTokenizer.from_pretrained(m.name_or_path);"
         "m.generate(**t('the old man', return_tensors='pt'), max_new_tokens=5);"
-        "assert 'llm_streamline' not in sys.modules; print(sum(p.numel() for p in m.parameters()))"
+        "print(sum(p.numel() for p in m.parameters()))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert int(done.stdout) == parts.plan.parameters_after
@@ -126,6 +128,20 @@ def test_a_replacement_put_in_untrained_is_not_published(tmp_path, monkeypatch, 
         write(parts, tmp_path / "model")
 
 
+def test_a_cache_that_disagrees_is_not_published(tmp_path, monkeypatch, in_this_process):
+    real = LlamaDecoderLayer.forward
+
+    def forgets(self, hidden_states, *args, past_key_values=None, **kwargs):
+        return real(self, hidden_states, *args, past_key_values=past_key_values, **kwargs) * (
+            1.5 if past_key_values is not None and hidden_states.shape[1] == 1 else 1.0
+        )
+
+    parts = make_parts()
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", forgets)
+    with pytest.raises(VerificationError, match="with the cache differs"):
+        write(parts, tmp_path / "model")
+
+
 def copy_of(published, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(published[1], folder)
@@ -136,6 +152,18 @@ def damage_weights(folder):
     tensors = load_file(folder / "model.safetensors")
     name = next(key for key in tensors if key.endswith("layers.2.self_attn.v_proj.weight"))
     tensors[name][0] *= 3
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def change_an_unread_row(folder):
+    tensors = load_file(folder / "model.safetensors")
+    tensors[next(key for key in tensors if "embed_tokens" in key)][3] += 1
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def no_number(folder):
+    tensors = load_file(folder / "model.safetensors")
+    tensors[next(key for key in tensors if "layers.2.self_attn.v_proj.weight" in key)][0, 0] = float("nan")
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -156,12 +184,21 @@ def change_tokenizer(folder):
 
 @pytest.mark.parametrize(
     ("damage", "problem"),
-    [(damage_weights, "logits differ"), (drop_tensor, "missing keys"), (change_tokenizer, "other ids")],
+    [
+        (change_an_unread_row, "not the ones that were written"),
+        (no_number, "logits differ"),
+        (damage_weights, "logits differ"),
+        (drop_tensor, "missing keys"),
+        (change_tokenizer, "other ids"),
+    ],
 )
 def test_a_folder_damaged_later_fails_the_check(published, tmp_path, damage, problem):
     folder = copy_of(published, tmp_path)
     damage(folder)
-    assert any(problem in found for found in oracle.check(folder).problems)
+    found = oracle.check(folder)
+    assert any(problem in one for one in found.problems)
+    again = Verification.model_validate_json(found.model_dump_json())  # how it comes from the fresh process
+    assert again.problems == found.problems
 
 
 def test_a_folder_that_does_not_load_is_a_problem_not_a_crash(published, tmp_path):

@@ -92,6 +92,12 @@ def test_a_given_window_is_taken_and_compared_with_the_best_cut_inside_it():
         ({"window": "5:9"}, "ends past the model's 8 layers"),
         ({"window": "5:6"}, "so nothing is removed"),
         ({"window": "0:8", "replace": "none", "protect_first": 0, "protect_last": 0}, "leaves no layer"),
+        (
+            {"remove": "8", "replace": "none", "protect_first": 0, "protect_last": 0},
+            "leaves no layer of 8; give at most 7",
+        ),
+        ({"protect_first": 9}, "protect all 8 layers"),
+        ({"max_params": 10**6}, "is no less than the 180 that m has"),
         ({"max_params": 110}, "cannot be reached: without the layers that may go, m still has 130 parameters"),
     ],
 )

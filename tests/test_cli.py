@@ -162,6 +162,16 @@ def lost_shard(folder):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def broken_index(folder):
+    (folder / "model.safetensors.index.json").write_text('{"weight_map":')
+
+
+def missing_weight(folder):
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.3.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 def no_tokenizer(folder):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).unlink()
@@ -193,6 +203,11 @@ def not_finite(folder):
         (cut_short, "shard model.safetensors of .* is missing or damaged"),
         (garbage, "shard model.safetensors of .* is missing or damaged"),
         (lost_shard, "shard model-00001-of-00002.safetensors of .* is missing or damaged"),
+        (broken_index, "index.json is damaged"),
+        (missing_weight, "mlp.up_proj.weight is missing from"),
+        (change_config(num_hidden_layers=8), "such weights.; fetch the weights that belong to its config.json"),
+        (change_config(quantization_config={"quant_method": "gptq", "bits": 4}), "is quantised"),
+        (change_config(num_attention_heads=5), "cannot be used"),
         (no_tokenizer, "has no tokenizer that loads"),
         (small_vocabulary, "makes ids up to 258 but the model embeds 200 tokens"),
         (not_finite, "output of layer 2 has infinite or undefined values"),
@@ -219,7 +234,11 @@ def test_models_that_cannot_be_used_get_one_sentence(cli, tmp_path_factory, tmp_
         ("MODEL --data TEXT -o out --tokens 9M", "--tokens 9000000 is more than"),
         ("MODEL --data TEXT -o out --block 4096", "longer than the model's context of 128"),
         ("MODEL --data TEXT -o out --loss huber", "--loss was given 'huber'"),
-        ("MODEL --data TEXT -o out --device cuda", "torch finds no GPU here"),
+        ("MODEL --data TEXT -o out --device cuda", "--device cuda is not to be had here; there is cpu"),
+        ("MODEL --data TEXT -o out --device gpu", "--device gpu is not to be had here"),
+        ("MODEL --data TEXT -o TEXT/out", "cannot write|is a file"),
+        ("MODEL --data TEXT -o out --tokens 20", "less than one block"),
+        ("MODEL --data TEXT -o out --min-lr 0.1", "--min-lr 0.1 is above the learning rate of 0.001"),
         ("MODEL --data TEXT -o out --remov 2", "No such option.*--remove"),
         ("MODEL --data TEXT -o out --preset papyrus", "preset 'papyrus' is not known"),
         ("nosuch/model --data TEXT -o out", "neither a folder here nor a model that the Hub gives now"),
@@ -261,6 +280,7 @@ def refused(result: tuple[int, str, str], words: str) -> None:
     assert code == 2 and not out, (code, out, err)
     assert last.startswith("error: ") and last.endswith((".", "'--help'.")), last
     assert sum(line.startswith("error: ") for line in err.splitlines()) == 1
+    assert len(re.findall(r"[a-z)]\. [A-Z]", last)) <= ("See 'llm" in last), "one sentence"
     assert re.search(words, last), last
 
 

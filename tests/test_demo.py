@@ -3,10 +3,13 @@ from __future__ import annotations
 import json
 import re
 
+import pytest
+import torch
+
 from llm_streamline.checkpoint import BUNDLED, Source, load_model, load_tokenizer
 from llm_streamline.cli import main
 from llm_streamline.demonstration import QUESTIONS
-from llm_streamline.evaluate.questions import choice_score, read_questions
+from llm_streamline.evaluate.questions import choice_scores, read_questions
 
 
 def test_deleting_costs_and_the_replacement_brings_it_back(tmp_path, capsys, monkeypatch):
@@ -31,11 +34,15 @@ def test_questions_have_four_choices_and_gold_in_every_place():
     assert min(counts) > 0.15 * len(questions)
 
 
-def test_a_choice_is_scored_by_the_tokens_after_the_query():
+def test_a_choice_is_scored_by_its_own_tokens_whatever_stands_beside_it():
     source = Source(BUNDLED)
-    model = load_model(source)
+    model = load_model(source, torch.float32)
     tokenizer = load_tokenizer(source, model.config.vocab_size)
-    question = read_questions(QUESTIONS)[0]
-    whole = tokenizer(question["query"] + question["choices"][0])["input_ids"]
-    assert whole[: len(tokenizer(question["query"])["input_ids"])] == tokenizer(question["query"])["input_ids"]
-    assert choice_score(model, tokenizer, question["query"], question["choices"][0]) < 0
+    pairs = [(q["query"], choice) for q in read_questions(QUESTIONS)[:3] for choice in q["choices"]]
+    together = choice_scores(model, tokenizer, pairs)
+    for (query, choice), score in zip(pairs, together, strict=True):
+        before, whole = (tokenizer(text)["input_ids"] for text in (query, query + choice))
+        with torch.no_grad():
+            log_p = model(torch.tensor([whole])).logits[0].log_softmax(-1)
+        by_hand = sum(log_p[place - 1, whole[place]].item() for place in range(len(before), len(whole)))
+        assert score == pytest.approx(by_hand, abs=1e-4)

@@ -34,6 +34,13 @@ def test_presets_are_the_papers_settings():
     assert set(PRESETS) == {"paper", "paper-none", "paper-random"}
 
 
+def test_presets_hold_in_python_too():
+    assert Recipe(model="m", preset="paper") == make_recipe({"model": "m", "preset": "paper"})
+    assert Recipe(model="m", preset="paper", loss="nmse").loss == "nmse"
+    with pytest.raises(UserError, match="preset 'papyrus' is not known"):
+        Recipe(model="m", preset="papyrus")
+
+
 def test_changed_keys_are_named_as_flags():
     old, new = Recipe(model="m", lr=1e-3), Recipe(model="m", lr=2e-3, protect_first=0)
     assert changed_keys(old, new) == ["--protect-first", "--lr"]
@@ -58,6 +65,8 @@ def test_layers_occupied():
         ({"window": "30:21"}, "--window 30:21 is no run of layers"),
         ({"lr": 1e-4, "min_lr": 1e-3}, "--min-lr 0.001 is above --lr 0.0001"),
         ({"preset": "papyrus"}, "preset 'papyrus' is not known; choose one of paper"),
+        ({"block": 1}, "--block was given 1"),
+        ({"seed": 2**70}, "--seed was given"),
         ({"dtype": "int8"}, "--dtype was given 'int8'"),
     ],
 )
@@ -77,9 +86,10 @@ def test_yaml_means_what_the_flags_mean(tmp_path):
 
 
 def test_unreadable_recipe_files(tmp_path):
+    (tmp_path / "key.yaml").write_text("on: 1\n")
     (tmp_path / "list.yaml").write_text("- a\n")
     (tmp_path / "broken.yaml").write_text("a: [1\n")
-    for name in ("list.yaml", "broken.yaml", "missing.yaml"):
+    for name in ("key.yaml", "list.yaml", "broken.yaml", "missing.yaml"):
         with pytest.raises(UserError, match=name):
             make_recipe({}, tmp_path / name)
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from tests import tiny
 
 FILES = {
     "recipe.yaml",
+    "inputs.json",
     "similarity.json",
     "plan.json",
     "replacement",
@@ -111,9 +113,56 @@ def test_a_run_killed_before_its_first_result_can_be_repeated(recipe, tmp_path):
     run.compress(recipe(replace="none"), quiet(tmp_path / "out"))
 
 
-def test_a_generation_config_that_transformers_would_not_save_travels_along(recipe, tmp_path):
+def test_a_run_is_not_continued_with_another_model_or_text(recipe, tmp_path, llama_folder, text_file):
+    model, text = tmp_path / "model", tmp_path / "text.jsonl"
+    shutil.copytree(llama_folder, model)
+    shutil.copy(text_file, text)
+    mine = recipe(model=str(model), data=(str(text),))
+    run.compress(mine, quiet(tmp_path / "out"))
+    shutil.rmtree(tmp_path / "out" / "model")
+    (tmp_path / "out" / "scores.json").unlink()
+    tiny.write_jsonl(text, tiny.make_documents(300, seed=5))
+    with pytest.raises(UserError, match="the text is not the one"):
+        run.compress(mine, quiet(tmp_path / "out"))
+    shutil.copy(text_file, text)
+    tiny.make_model("llama-tied").save_pretrained(model)
+    with pytest.raises(UserError, match="the model is not the one"):
+        run.compress(mine, quiet(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+def test_half_precision_checkpoints_are_saved_as_they_came(recipe, tmp_path, dtype, compute):
+    model = tiny.make_folder(tmp_path / "model", "opt", dtype)
+    config = json.loads((model / "config.json").read_text())
+    config.pop("dtype")  # as in some older checkpoints
+    (model / "config.json").write_text(json.dumps(config))
+    run.compress(recipe(model=str(model)), quiet(tmp_path / "out", compute=compute))
+    assert {tensor.dtype for tensor in weights(tmp_path / "out").values()} == {dtype}
+
+
+def test_a_format_that_cannot_hold_the_weights_is_refused_first(recipe, tmp_path):
+    model = tiny.make_model("llama")
+    model.lm_head.weight.data[5, 5] = 1e6
+    model.save_pretrained(tmp_path / "model")
+    tiny.make_tokenizer().save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match="--dtype float16 cannot hold"):
+        run.compress(recipe(model=str(tmp_path / "model"), dtype="float16"), quiet(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_short_validation_block_is_enough(recipe, tmp_path):
+    result = run.compress(recipe(block=40, validation_tokens=40, replace="none"), quiet(tmp_path / "out"))
+    assert result.verification.passed and result.scores.dense.sequences == 1
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"do_sample": False, "temperature": 0.3, "eos_token_id": [2, 7]}, {"do_sample": True, "num_return_sequences": 3}],
+    ids=["one that transformers would not save", "several sequences"],
+)
+def test_generation_settings_travel_along_as_they_are(recipe, tmp_path, settings):
     model = tiny.make_folder(tmp_path / "model", "llama")
-    settings = {"do_sample": False, "temperature": 0.3, "eos_token_id": [2, 7]}
     (model / "generation_config.json").write_text(json.dumps(settings))
     result = run.compress(recipe(model=str(model), replace="none"), quiet(tmp_path / "out"))
     found = json.loads((tmp_path / "out" / "model" / "generation_config.json").read_text())
@@ -178,8 +227,9 @@ def test_the_curve_goes_to_a_tracker(recipe, tmp_path):
 
 
 def test_an_unknown_tracker_is_refused(recipe, tmp_path):
-    with pytest.raises(UserError, match="--tracker nosuch cannot be used"):
+    with pytest.raises(UserError, match="--tracker nosuch is not installed"):
         run.compress(recipe(), quiet(tmp_path / "out", tracker="nosuch"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_disk_that_fills_while_saving_leaves_no_model(recipe, tmp_path, monkeypatch):

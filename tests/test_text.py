@@ -8,7 +8,7 @@ import torch
 from llm_streamline.checkpoint import check_ids
 from llm_streamline.errors import UserError
 from llm_streamline.recipe import Recipe
-from llm_streamline.sources import Documents
+from llm_streamline.sources import Documents, _index, _read
 from llm_streamline.text import block_length, read_parts
 from tests import tiny
 
@@ -63,10 +63,42 @@ def test_a_text_file_is_dealt_in_pieces_of_whole_lines(tmp_path):
 
 def test_one_endless_line_is_cut_at_blanks_and_loses_nothing(tmp_path):
     file = tmp_path / "t.txt"
-    file.write_text("naïve wörd " * 9000, encoding="utf-8")
+    file.write_text(" ".join(f"naïve wörd {n}" for n in range(9000)) + " ", encoding="utf-8")
     pieces = list(Documents.open((str(file),), None, seed=0))
     assert len(pieces) > 3 and all(piece.endswith(" ") for piece in pieces)
     assert sum(map(len, pieces)) == len(file.read_text(encoding="utf-8"))
+
+
+def test_text_without_blanks_is_cut_between_characters(tmp_path):
+    file = tmp_path / "t.txt"
+    file.write_text("北京大学" * 90_000, encoding="utf-8")  # 1 MB, which a byte at a time took half a minute
+    pieces = _index(file)
+    assert len(pieces) > 200 and sum(piece.length for piece in pieces) == file.stat().st_size
+    assert all(set(_read(piece, None)) <= set("北京大学") for piece in pieces)
+
+
+def test_one_long_document_serves_all_parts_with_a_gap_between(tmp_path):
+    words = " ".join(f"{n:05}" for n in range(1500))
+    parts = read(tiny.write_jsonl(tmp_path / "t.jsonl", [words]), tokens=2000)
+    tokenizer = tiny.make_tokenizer()
+    found = [
+        set(tokenizer.decode(part.flatten()).split()[1:-1])
+        for part in (parts.validation, parts.calibration, parts.training)
+    ]
+    assert all(found) and not (found[0] & found[1] or found[1] & found[2] or found[0] & found[2])
+
+
+def test_copies_are_left_out_and_sources_given_once(tmp_path):
+    same = tiny.write_jsonl(tmp_path / "a.jsonl", ["one", "two", "one"])
+    again = tiny.write_jsonl(tmp_path / "b.jsonl", ["two", "three"])
+    assert sorted(Documents.open((str(same), str(again)), None, 0)) == ["one", "three", "two"]
+    with pytest.raises(UserError, match=r"names .*a.jsonl twice"):
+        Documents.open((str(same), str(same)), None, 0)
+
+
+def test_a_byte_order_mark_and_null_rows_are_no_text(tmp_path):
+    (tmp_path / "t.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "a"}\n{"text": null}\n')
+    assert list(Documents.open((str(tmp_path / "t.jsonl"),), None, 0)) == ["a"]
 
 
 def test_the_field_is_found_or_named(tmp_path):
@@ -87,7 +119,7 @@ def test_a_hub_data_set_is_streamed(tmp_path):
     tiny.write_jsonl(folder / "train.jsonl", tiny.make_documents(300))
     parts = read(f"hub:{folder}:train")
     assert parts.training.shape == (31, BLOCK)
-    with pytest.raises(UserError, match="cannot be opened"):
+    with pytest.raises(UserError, match="cannot be read"):
         read(f"hub:{folder}:nosuchsplit")
 
 
@@ -145,4 +177,4 @@ def test_the_redpajama_schema_is_read_as_it_is(shared):
     file = shared / "data" / "text" / "redpajama_sample.jsonl"
     texts = list(Documents.open((str(file),), None, seed=0))
     rows = [json.loads(line)["text"] for line in file.read_text(encoding="utf-8").splitlines() if line]
-    assert sorted(texts) == sorted(rows) and texts != rows
+    assert set(texts) == {row for row in rows if row.strip()} and texts != rows and len(texts) == len(set(texts))

@@ -49,8 +49,11 @@ def test_training_lowers_the_loss_and_touches_only_the_replacement(name, occupie
 @pytest.mark.parametrize("blocks", [17, 32])
 def test_the_learning_rate_ends_at_min_lr_whatever_the_accumulation(accumulate, blocks):
     found = trainer(accumulate=accumulate, batch=1)
+    made, real = [], found.optimizer
+    found.optimizer = lambda: (made.append(real()), made[0])[1]  # type: ignore[method-assign]
     fit = found.fit(tiny.random_ids(blocks, 16), tiny.random_ids(2, 16))
     assert fit.last_lr == fit.min_lr == 1e-3
+    assert made[0].param_groups[0]["lr"] == 1e-3, "what the optimizer last used, not what was computed"
     assert fit.steps == -(-blocks // accumulate)
     assert fit.tokens == blocks * 16
 
@@ -73,6 +76,33 @@ def test_accumulated_micro_batches_are_one_big_batch():
         found.append(weights(run))
     for key, value in found[0].items():
         torch.testing.assert_close(value, found[1][key], rtol=1e-3, atol=1e-4)
+
+
+def test_gradients_are_clipped_to_the_asked_norm():
+    run = trainer(clip=1e-3)
+    norms = []
+
+    class Optimizer:
+        def __init__(self):
+            self.param_groups = [{}]
+
+        def step(self):
+            norms.append(torch.stack([p.grad.norm() for p in run.replacement.parameters()]).norm().item())
+
+        def zero_grad(self):
+            pass
+
+    run.step(Optimizer(), tiny.random_ids(2, 16), 1e-3)
+    assert norms[0] == pytest.approx(1e-3, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", tiny.CONFIGS)
+def test_a_bfloat16_model_trains_a_float32_replacement(name):
+    run = trainer(name, init="random", lr=3e-3, autocast=True)
+    run.model.to(torch.bfloat16)
+    fit = run.fit(tiny.random_ids(40, 32), tiny.random_ids(4, 32, seed=1))
+    assert fit.validation_best < 0.9 * fit.validation_before
+    assert {parameter.dtype for parameter in run.replacement.parameters()} == {torch.float32}
 
 
 def test_twice_is_the_same_to_the_bit():
@@ -107,7 +137,7 @@ def test_the_best_weights_are_kept_not_the_last():
 
 def test_a_diverging_loss_is_refused():
     run = trainer(lr=float("1e30"), clip=1e30)
-    with pytest.raises(UserError, match=r"training loss is .* use a smaller --lr"):
+    with pytest.raises(UserError, match=r"training loss is .* with a smaller --lr"):
         run.fit(tiny.random_ids(12, 16), tiny.random_ids(2, 16))
 
 
@@ -132,10 +162,11 @@ def test_losses_by_hand():
 def test_open_settings_follow_the_text_and_the_width():
     recipe = Recipe(model="m")
     blocks = torch.zeros(4000, 256, dtype=torch.int32)
-    settings = Settings.resolve(recipe, blocks, 4096, autocast=False)
+    settings = Settings.resolve(recipe, blocks, 4096, 2**36, autocast=False)
     assert settings.lr == pytest.approx(2.5e-4) and settings.min_lr == pytest.approx(2.5e-5)
-    assert Settings.resolve(recipe, blocks, 128, autocast=False).lr == 1e-3
-    assert default_batch(blocks, recipe, 64) == 16
-    assert default_batch(torch.zeros(100, 256), recipe, 64) == 1
-    assert default_batch(torch.empty(10**6, 2048, device="meta"), recipe, 64) == 8
-    assert default_batch(blocks, Recipe(model="m", accumulate=4), 64) == 4
+    assert Settings.resolve(recipe, blocks, 128, 2**36, autocast=False).lr == 1e-3
+    assert default_batch(blocks, recipe, 64, 2**36) == 16
+    assert default_batch(torch.zeros(100, 256), recipe, 64, 2**36) == 1
+    assert default_batch(torch.empty(10**6, 2048, device="meta"), recipe, 64, 2**36) == 8
+    assert default_batch(blocks, Recipe(model="m", accumulate=4), 64, 2**36) == 4
+    assert default_batch(blocks, recipe, 4096, 2**33) == 4

@@ -26,6 +26,7 @@ from llm_streamline.oracle import (
     record_oracle,
     stored_tensors,
     verify,
+    weight_hashes,
 )
 from llm_streamline.records import LayerPlan, Manifest, Verification
 from llm_streamline.replacement import ReplacementLayers
@@ -54,7 +55,7 @@ def assemble(parts: Parts, dtype: torch.dtype, prompts: Tensor, manifest: Manife
         folder.mkdir()
         limits = _write_oracle(parts, prompts, folder)
         tensors = _write_model(parts, dtype, folder)
-        manifest = manifest.model_copy(update={"tensors": tensors, "limits": limits})
+        manifest = manifest.model_copy(update={"tensors": tensors, "limits": limits, "weights": weight_hashes(folder)})
         manifest.write(folder / MANIFEST)
         _write_json(folder / "layer-map.json", {"layers": manifest.layer_map})
         verification = verify(folder)
@@ -66,7 +67,9 @@ def assemble(parts: Parts, dtype: torch.dtype, prompts: Tensor, manifest: Manife
 
 def _write_oracle(parts: Parts, prompts: Tensor, folder: Path) -> list[str]:
     length, limits = prompt_length(parts.source.config, sliding_window(parts.source.config))
-    prompts = prompts.reshape(-1)[: PROMPTS * length].reshape(-1, length)
+    length = min(length, prompts.numel())
+    count = min(PROMPTS, prompts.numel() // length)
+    prompts = prompts.reshape(-1)[: count * length].reshape(count, length)
     with substituted(parts.source, parts.plan.window, list(parts.replacement)):
         record_oracle(parts.source, prompts, folder)
     return limits

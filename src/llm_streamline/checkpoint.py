@@ -18,8 +18,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from llm_streamline.errors import UserError
-from llm_streamline.families import family_of
+from llm_streamline.errors import UserError, reason
+from llm_streamline.families import family_of, layers_prefix
+from llm_streamline.files import sha256
 
 BUNDLED = "bundled"
 _BUNDLED_MODEL = Path(__file__).parent / "demo" / "model"
@@ -45,9 +46,11 @@ def load_config(source: Source) -> PretrainedConfig:
         raise UserError(f"{source.name} holds no config.json; give the folder of a HuggingFace causal LM.")
     try:
         config = AutoConfig.from_pretrained(source.path, trust_remote_code=source.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # configurations are validated by several libraries, each with its own exceptions
         raise UserError(_no_config(source, error)) from error
     family_of(config)
+    if getattr(config, "quantization_config", None):
+        raise UserError(f"{source.name} is quantised, which cannot be trained or cut; give the model it was made from.")
     return config
 
 
@@ -56,7 +59,7 @@ def _no_config(source: Source, error: Exception) -> str:
     if "trust_remote_code" in text:
         return f"{source.name} brings its own model code; read that code, then allow it with --trust-remote-code."
     if Path(source.path).exists():
-        return f"{source.name}/config.json cannot be used ({text.splitlines()[0]}); give a HuggingFace causal LM."
+        return f"{source.name}/config.json cannot be used ({reason(error)}); give a HuggingFace causal LM."
     return (
         f"{source.name} is neither a folder here nor a model that the Hub gives now; "
         "give the path of a HuggingFace model folder, or a Hub name when online."
@@ -95,18 +98,36 @@ def load_model(source: Source, dtype: torch.dtype | str = "auto", device: str = 
     config = load_config(source)
     check_weights(source)
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
+        model, loading = AutoModelForCausalLM.from_pretrained(
             source.path,
             config=config,
             dtype=dtype,
             use_safetensors=None if source.allow_pickle else True,
             trust_remote_code=source.trust_remote_code,
+            output_loading_info=True,
         )
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # files, pickles and formats fail in many ways
         raise UserError(
-            f"the weights of {source.name} do not load ({str(error).splitlines()[0]}); fetch them again."
+            f"the weights of {source.name} do not load ({reason(error)}); fetch them again, "
+            "or allow weights in pickle form with --allow-pickle if it has no others."
         ) from error
+    _refuse_other_weights(source, config, loading)
     return model.to(device).eval().requires_grad_(False)
+
+
+def _refuse_other_weights(source: Source, config: PretrainedConfig, loading: dict[str, Any]) -> None:
+    """Errors: UserError where transformers would fill a weight at random, or ignore one of a layer."""
+    wrong = {str(key): "is missing from" for key in loading["missing_keys"]}
+    wrong |= {str(key[0]): "has another shape in" for key in loading["mismatched_keys"]}
+    prefix = layers_prefix(config)
+    extra = (str(key) for key in loading["unexpected_keys"])
+    wrong |= {key: "is unknown to the configuration of" for key in extra if prefix in key and key.endswith("weight")}
+    if wrong:
+        key = min(wrong)
+        raise UserError(
+            f"{key} {wrong[key]} {source.name} ({len(wrong)} such weights); "
+            "fetch the weights that belong to its config.json."
+        )
 
 
 @torch.no_grad()
@@ -141,21 +162,43 @@ def check_weights(source: Source) -> None:
                 pass
         except (SafetensorError, OSError) as error:
             raise UserError(
-                f"shard {shard} of {source.name} is missing or damaged ({error}); fetch it again."
+                f"shard {shard} of {source.name} is missing or damaged ({reason(error)}); fetch it again."
             ) from error
 
 
 def _shards(folder: Path) -> list[str]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        try:
+            return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{index} is damaged ({type(error).__name__}); fetch it again.") from error
     return ["model.safetensors"] if (folder / "model.safetensors").is_file() else []
 
 
-def checkpoint_dtype(config: PretrainedConfig) -> torch.dtype:
-    """The number format the checkpoint's weights are in."""
-    dtype = getattr(config, "dtype", None) or torch.float32
+def checkpoint_dtype(source: Source, config: PretrainedConfig) -> torch.dtype:
+    """The number format the checkpoint's weights are in: the configuration's word, else the first stored tensor's."""
+    dtype = getattr(config, "dtype", None)
+    shards = _shards(Path(source.path)) if Path(source.path).is_dir() else []
+    if dtype is None and shards:
+        with safe_open(Path(source.path) / shards[0], framework="pt") as tensors:
+            return tensors.get_tensor(min(tensors.keys())).dtype
+    dtype = dtype or torch.float32
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+
+
+def fingerprint(source: Source) -> str:
+    """What tells one local checkpoint from another without reading all of it; the name for one on the Hub."""
+    folder = Path(source.path)
+    if not folder.is_dir():
+        return source.name
+    parts = [(folder / "config.json").read_bytes()]
+    for shard in _shards(folder):
+        with (folder / shard).open("rb") as stream:
+            parts += [str((folder / shard).stat().st_size).encode(), stream.read(2**20)]
+            stream.seek(-min(2**20, (folder / shard).stat().st_size), 2)
+            parts.append(stream.read())
+    return sha256(*parts)
 
 
 def context_length(config: PretrainedConfig) -> int:

@@ -43,10 +43,20 @@ def choose(similarity: Similarity, shape: ModelShape, recipe: Recipe) -> LayerPl
 
 def check_request(shape: ModelShape, recipe: Recipe) -> None:
     """Refuse, before anything is measured, what no window can give. Errors: UserError."""
+    check_protected(shape, recipe)
     if recipe.window is not None:
         _given_window(recipe, shape)
     else:
         net_layers(recipe, shape)
+
+
+def check_protected(shape: ModelShape, recipe: Recipe) -> None:
+    """Errors: UserError where every layer is protected."""
+    if recipe.protect_first + recipe.protect_last >= shape.num_layers:
+        raise UserError(
+            f"--protect-first {recipe.protect_first} and --protect-last {recipe.protect_last} protect all "
+            f"{shape.num_layers} layers; give less."
+        )
 
 
 def most_similar(similarity: Similarity, length: int, recipe: Recipe) -> Window:
@@ -78,19 +88,24 @@ def net_layers(recipe: Recipe, shape: ModelShape) -> int:
 
 def _most(layers: int, recipe: Recipe) -> int:
     """The most net layers that can go."""
-    return layers - recipe.protect_first - recipe.protect_last - recipe.occupied
+    free = layers - recipe.protect_first - recipe.protect_last - recipe.occupied
+    return max(0, min(free, layers - 1))
 
 
 def _too_long(length: int, layers: int, recipe: Recipe) -> str:
     return (
         f"a window of {length} of {layers} layers would take the protected ends; remove at most "
-        f"{max(_most(layers, recipe), 0)} net, or lower --protect-first {recipe.protect_first} or "
+        f"{_most(layers, recipe)} net, or lower --protect-first {recipe.protect_first} or "
         f"--protect-last {recipe.protect_last}."
     )
 
 
 def _layers_for(max_params: int, shape: ModelShape, recipe: Recipe) -> int:
     """The fewest net layers that bring the model to `max_params`, whichever window goes."""
+    if shape.total <= max_params:
+        raise UserError(
+            f"--max-params {max_params:,} is no less than the {shape.total:,} that {shape.name} has; ask for fewer."
+        )
     for net in range(1, _most(shape.num_layers, recipe) + 1):
         length = net + recipe.occupied
         starts = range(recipe.protect_first, shape.num_layers - recipe.protect_last - length + 1)

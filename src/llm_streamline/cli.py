@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import shlex
 import sys
 import traceback
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llm_streamline import __version__
-from llm_streamline.errors import StreamlineError, UserError
+from llm_streamline.errors import StreamlineError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -64,7 +65,7 @@ def _option(schema: type[Recipe] | type[Runtime], name: str) -> inspect.Paramete
     flag = f"--{(field.alias or name).replace('_', '-')}"
     kind = _annotation(field.annotation)
     help_text = field.description or ""
-    if field.default not in (None, (), False) and "[default" not in help_text:
+    if field.default not in (None, ()) and field.default is not False and "[default" not in help_text:
         help_text += f" [default: {field.default}]"
     metavar = None if kind is bool else name.upper()
     flags = filter(None, (flag, _SHORT.get(name)))
@@ -85,16 +86,14 @@ def _with_flags(command: Callable[[Recipe, Runtime], None], leave_out: set[str])
         wanted = {key: value for key, value in values.items() if key in Recipe.model_fields}
         if model is not None:
             wanted["model"] = model
-        if "model" not in wanted and recipe is None:
-            raise UserError("no MODEL was given; give a model folder, a Hub name, or 'bundled'.")
-        command(make_recipe(wanted, recipe), runtime)
+        command(make_recipe(wanted, recipe), runtime.model_copy(update={"command": _command_line()}))
 
     model_help = Recipe.model_fields["model"].description
     model = Annotated[str | None, typer.Argument(help=model_help, show_default=False)]
     file = Annotated[
         Path | None, typer.Option("--recipe", help="A YAML file of these fields; flags win.", show_default=False)
     ]
-    names = [(schema, name) for schema in (Recipe, Runtime) for name in schema.model_fields]
+    names = [(schema, name) for schema in (Recipe, Runtime) for name in schema.model_fields if name != "command"]
     keyword = inspect.Parameter.KEYWORD_ONLY
     parameters = [
         inspect.Parameter("model", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None, annotation=model),
@@ -219,6 +218,10 @@ COMMANDS: dict[str, tuple[Callable[..., None], str, set[str] | None]] = {
 }
 
 
+def _command_line() -> str:
+    return shlex.join(["llm-streamline", *sys.argv[1:]])
+
+
 def make_app(called: str | None) -> typer.Typer:
     """The commands, of which only the one that is called has its flags."""
     app = typer.Typer(
@@ -248,7 +251,7 @@ def _named(command: Callable[..., None]) -> Callable[[], None]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The console script. Exit codes: 0 done, 1 failed, 2 refused, 130 interrupted."""
+    """The console script. Exit codes: 0 done, 1 not verified, 2 refused, 3 unexpected, 130 interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         called = next((argument for argument in arguments if argument in COMMANDS), None)
@@ -256,9 +259,14 @@ def main(arguments: list[str] | None = None) -> None:
     except StreamlineError as error:
         _end(str(error), error.exit_code, arguments)
     except Exception as error:
-        if not hasattr(error, "format_message"):  # what click itself refuses has one
-            raise
-        _end(f"{error.format_message()} See 'llm-streamline --help'.", 2, arguments)
+        if hasattr(error, "format_message"):  # what the command-line library refuses
+            _end(f"{error.format_message()} See 'llm-streamline --help'.", 2, arguments)
+        what = (str(error).splitlines() or [""])[0]
+        _end(
+            f"unexpected {type(error).__name__}: {what} (repeat with --debug for the trace, and report it).",
+            3,
+            arguments,
+        )
     if code == _INTERRUPTED:
         _end("interrupted; the same command continues after the last finished stage.", _INTERRUPTED, arguments)
     if isinstance(code, int) and code:

@@ -1,6 +1,12 @@
 """The few exceptions a user can meet. Each message is one sentence: what was given, what is allowed, what to do."""
 
 
+def reason(error: BaseException) -> str:
+    """The first sentence of what another library says, to be put in brackets into one of ours."""
+    lines = str(error).strip().splitlines()
+    return lines[0].split(". ")[0].rstrip(".") if lines else type(error).__name__
+
+
 class StreamlineError(Exception):
     """Anything this package reports to its user in one sentence; `exit_code` is what the command line returns."""
 

@@ -7,12 +7,13 @@ import hashlib
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from llm_streamline.errors import StreamlineError, UserError
 
 TEMPORARY = ".partial-"
+_UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG)
 
 
 @contextmanager
@@ -42,7 +43,8 @@ def remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            path.unlink()
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -55,12 +57,12 @@ def is_storage_failure(error: BaseException) -> bool:
     """Whether a write failed for the disk's sake; safetensors wraps the system's error in its text."""
     if isinstance(error, StreamlineError):
         return False
-    numbers = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+    numbers = (errno.ENOSPC, errno.EDQUOT, *_UNWRITABLE)
     return (isinstance(error, OSError) and error.errno in numbers) or "No space left on device" in str(error)
 
 
 def storage_sentence(error: BaseException, target: Path) -> str:
-    if getattr(error, "errno", None) in (errno.EROFS, errno.EACCES, errno.EPERM):
+    if getattr(error, "errno", None) in _UNWRITABLE:
         return f"cannot write {target}: choose an output folder (-o) that you may write to."
     free = shutil.disk_usage(existing_parent(target)).free
     return (

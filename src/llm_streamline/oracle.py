@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_streamline.errors import UserError
+from llm_streamline.files import sha256
 from llm_streamline.records import Manifest, Verification
 
 if TYPE_CHECKING:
@@ -127,6 +128,7 @@ def check(folder: Path) -> Verification:
     tensors = stored_tensors(folder)
     problems = [
         *_loading_problems(loading),
+        *([] if weight_hashes(folder) == manifest.weights else ["the weights are not the ones that were written"]),
         *_count_problems(model, manifest, tensors),
         *_tokenizer_problems(folder),
     ]
@@ -158,16 +160,22 @@ def _logits_error(model: PreTrainedModel, oracle: dict[str, Tensor]) -> float:
 def _generates_alike(model: PreTrainedModel, prompts: Tensor) -> bool:
     """Whether greedy generation is the same with and without the cache."""
     import torch
+    from transformers import GenerationConfig
 
-    common: dict[str, Any] = {
-        "attention_mask": torch.ones_like(prompts),
-        "max_new_tokens": NEW_TOKENS,
-        "min_new_tokens": NEW_TOKENS,
-        "do_sample": False,
-        "pad_token_id": 0,
-    }
-    cached = model.generate(prompts, use_cache=True, **common)
-    return torch.equal(cached, model.generate(prompts, use_cache=False, **common))
+    # the model's own settings (sampling, several sequences, penalties) have no part in this
+    model.generation_config = GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
+    mask = torch.ones_like(prompts)
+    cached, uncached = (model.generate(prompts, attention_mask=mask, use_cache=cache) for cache in (True, False))
+    return torch.equal(cached, uncached)
+
+
+def weight_hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of every weights file in the folder."""
+    hashes = {}
+    for shard in sorted(folder.glob("*.safetensors")):
+        with shard.open("rb") as stream:
+            hashes[shard.name] = sha256(*iter(lambda: stream.read(2**24), b""))
+    return hashes
 
 
 def _loading_problems(loading: dict[str, Any]) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from llm_streamline.errors import UserError
+from llm_streamline.errors import UserError, reason
 
 _COUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([kmbt]?)", re.IGNORECASE)
 _SCALE = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
@@ -96,7 +96,9 @@ class Recipe(_Schema):
     )
     calibration_tokens: Count = Field(2**16, description="Tokens on which similarity is measured.")
     validation_tokens: Count = Field(2**15, description="Tokens held out to choose the best weights and report loss.")
-    block: Count | None = Field(None, description="Tokens per sequence. [default: the model's context, 2048 at most]")
+    block: Count | None = Field(
+        None, gt=1, description="Tokens per sequence. [default: the model's context, 2048 at most]"
+    )
     batch: Count | None = Field(
         None,
         description="Sequences per micro-batch. [default: what memory allows, 250 steps and 16k tokens at most]",
@@ -111,10 +113,21 @@ class Recipe(_Schema):
     weight_decay: float = Field(1e-3, ge=0, description="AdamW weight decay.")
     warmup: Fraction = Field(0.01, description="Share of the steps in which the learning rate rises.")
     clip: float = Field(5.0, gt=0, description="Largest gradient norm.")
-    seed: int = Field(0, ge=0, description="Seed of the text split, the training order and random starts.")
+    seed: int = Field(0, ge=0, lt=2**32, description="Seed of the text split, the training order and random starts.")
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
         None, description="Number format of the saved model. [default: the checkpoint's]"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset_first(cls, values: Any) -> Any:
+        """A preset's values, where none are given."""
+        preset = values.get("preset")
+        if preset is None:
+            return values
+        if preset not in PRESETS:
+            raise ValueError(f"preset {preset!r} is not known; choose one of {', '.join(PRESETS)}")
+        return {**_PAPER, **PRESETS[preset], **values}
 
     @model_validator(mode="after")
     def _one_target(self) -> Recipe:
@@ -156,6 +169,7 @@ class Runtime(_Schema):
     dry_run: bool = Field(False, description="Print the plan and stop; write nothing.")
     json_output: bool = Field(False, alias="json", description="Print the result as JSON on stdout.")
     quiet: bool = Field(False, description="No progress on stderr.")
+    command: str | None = Field(None, description="The command line, for the manifest.", exclude=True)
     debug: bool = Field(False, description="Show the trace of an error.")
 
 
@@ -179,13 +193,7 @@ _PAPER = {
 
 def make_recipe(values: dict[str, Any], file: Path | None = None) -> Recipe:
     """A Recipe from a preset, then a YAML file, then `values`: the later one wins. Errors: UserError."""
-    merged = {**(read_yaml(file) if file else {}), **values}
-    preset = merged.get("preset")
-    if preset is None:
-        return Recipe(**merged)
-    if preset not in PRESETS:
-        raise UserError(f"preset {preset!r} is not known; choose one of {', '.join(PRESETS)}.")
-    return Recipe(**{**_PAPER, **PRESETS[preset], **merged})
+    return Recipe(**{**(read_yaml(file) if file else {}), **values})
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
@@ -194,9 +202,10 @@ def read_yaml(file: Path) -> dict[str, Any]:
     try:
         values = yaml.load(file.read_text(encoding="utf-8"), Loader=_loader())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"recipe {file} cannot be read ({reason}); give a YAML file of `key: value` lines.") from error
-    if not isinstance(values, dict):
+        raise UserError(
+            f"recipe {file} cannot be read ({reason(error)}); give a YAML file of `key: value` lines."
+        ) from error
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise UserError(f"recipe {file} holds no `key: value` lines; write for example `model: path/to/model`.")
     return values
 
@@ -217,10 +226,10 @@ def _loader() -> Any:
 
 
 def to_yaml(recipe: Recipe) -> str:
-    """The fields that were given, in the schema's order; reads back as an equal recipe."""
+    """Every field that has a value, in the schema's order; reads back as an equal recipe."""
     import yaml
 
-    return yaml.safe_dump(recipe.model_dump(mode="json", exclude_unset=True), sort_keys=False)
+    return yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True), sort_keys=False)
 
 
 def changed_keys(old: Recipe, new: Recipe) -> list[str]:
@@ -236,9 +245,11 @@ def _sentence(error: ValidationError, schema: type[BaseModel]) -> str:
     if problem["type"] == "extra_forbidden":
         nearest = difflib.get_close_matches(key, schema.model_fields, n=1, cutoff=0.0)[0]
         return f"key {key!r} is not known; the nearest is {nearest!r}: correct or remove it."
-    reason = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "missing":
+        return f"no {key.upper()} was given; give a model folder, a Hub name, or 'bundled'."
+    complaint = problem["msg"].removeprefix("Value error, ")
     if not key:
-        return f"{reason}."
+        return f"{complaint}."
     help_text = (schema.model_fields[key].description or "").split(" [default")[0]
     flag = f"--{key.replace('_', '-')}"
-    return f"{flag} was given {problem['input']!r} ({reason}); it takes: {help_text}"
+    return f"{flag} was given {problem['input']!r} ({complaint}); it takes: {help_text}"

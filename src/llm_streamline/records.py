@@ -15,7 +15,7 @@ R = TypeVar("R", bound="Record")
 
 
 class Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
     def write(self, path: Path) -> None:
         write_text(path, self.model_dump_json(indent=1) + "\n")
@@ -223,11 +223,12 @@ class Verification(Record):
 class Manifest(Record):
     """Everything needed to say how a model folder was made; lies in it as `streamline.json`."""
 
-    command: str
+    command: str | None
     recipe: dict[str, Any]
     plan: LayerPlan
     layer_map: list[int | str]
     tensors: dict[str, int]
+    weights: dict[str, str] = {}
     limits: list[str] = []
     fit: Fit | None
     data: dict[str, Any]
@@ -235,6 +236,13 @@ class Manifest(Record):
     versions: dict[str, str]
     verification: Verification | None = None
     scores: Scores | None = None
+
+
+class Inputs(Record):
+    """What a run began with, so that it is not continued with something else."""
+
+    model: str
+    data: dict[str, Any]
 
 
 class Result(Record):

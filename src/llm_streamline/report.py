@@ -123,7 +123,7 @@ def _name_outliers(axes: Axes, cosines: list[float]) -> None:
     low = min(cosine for cosine in cosines if cosine >= floor)
     axes.set_ylim(low - 0.35 * (max(cosines) - low) - 0.005, None)
     text = ", ".join(f"layer {layer}: {cosines[layer]:.2f}" for layer in outliers[:4])
-    axes.annotate(f"below the axis: {text}", xy=(0.02, 0.04), xycoords="axes fraction", fontsize=8)
+    axes.annotate(f"below the axis: {text}", xy=(0.18, 0.05), xycoords="axes fraction", fontsize=8)
 
 
 def draw_heat_map(similarity: Similarity, path: Path, chosen: Window | None = None) -> None:
@@ -179,7 +179,6 @@ def draw_training(fit: Fit, path: Path) -> None:
     axes.set(
         xlabel="thousand tokens",
         ylabel=f"distillation loss ({fit.loss})",
-        yscale="log",
         title="Training the replacement",
     )
     losses = [fit.validation_before, fit.validation_best]

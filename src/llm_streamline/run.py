@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,19 +13,19 @@ from llm_streamline import checkpoint, report
 from llm_streamline.analyze import analyze
 from llm_streamline.assemble import Parts as ModelParts
 from llm_streamline.assemble import assemble
-from llm_streamline.choose import check_request, choose
+from llm_streamline.choose import check_protected, check_request, choose
 from llm_streamline.errors import UserError
 from llm_streamline.evaluate.perplexity import next_token_loss
-from llm_streamline.files import atomic
+from llm_streamline.files import atomic, remove_leftovers
 from llm_streamline.forward import substituted
 from llm_streamline.oracle import MANIFEST, versions
 from llm_streamline.progress import say
 from llm_streamline.recipe import Recipe, Runtime
-from llm_streamline.records import Fit, LayerPlan, Manifest, Result, Scores, Similarity, Verification
+from llm_streamline.records import Fit, Inputs, LayerPlan, Manifest, Result, Scores, Similarity, Verification
 from llm_streamline.replacement import ReplacementLayers, build_replacement
 from llm_streamline.text import shuffled
-from llm_streamline.train import Settings, Track, Trainer
-from llm_streamline.workspace import RunFolder, Workspace
+from llm_streamline.train import Settings, Track, Trainer, rates
+from llm_streamline.workspace import RunFolder, Workspace, own_contents
 
 FORWARD_TOKENS = 4096  # per batch, where nothing is trained
 LOSS_TOKENS = 2048  # per batch, where logits over the whole vocabulary are held
@@ -42,8 +40,11 @@ def compress(recipe: Recipe, runtime: Runtime | None = None) -> Result:
     runtime = runtime or Runtime()
     folder = RunFolder.open(runtime.output, recipe)
     work = Workspace(recipe, runtime)
-    check_request(work.shape, recipe)
+    check_all(work)
+    check_inputs(work, folder)
+    remove_leftovers(folder.path)
     similarity = folder.stage("similarity.json", Similarity, lambda: measure(work))
+    folder.stage("inputs.json", Inputs, work.inputs)
     plan = folder.stage("plan.json", LayerPlan, lambda: choose(similarity, work.shape, recipe))
     say(describe(plan), runtime.quiet)
     draw_choice(similarity, plan, folder)
@@ -59,8 +60,41 @@ def plan_only(recipe: Recipe, runtime: Runtime) -> LayerPlan:
     if runtime.output is not None:
         RunFolder.open(runtime.output, recipe)
     work = Workspace(recipe, runtime)
-    check_request(work.shape, recipe)
+    check_all(work)
     return choose(measure(work), work.shape, recipe)
+
+
+def check_all(work: Workspace) -> None:
+    """Refuse, before anything is measured, what cannot be done. Errors: UserError."""
+    check_request(work.shape, work.recipe)
+    rates(work.recipe, work.config.hidden_size)
+    check_tracker(work.runtime.tracker)
+    assert work.device
+
+
+def check_inputs(work: Workspace, folder: RunFolder) -> None:
+    """Refuse to continue a run whose model or text is not what it began with. Errors: UserError."""
+    if folder.has("inputs.json") and not folder.has("scores.json"):
+        then, now = Inputs.read(folder.path / "inputs.json"), work.inputs()
+        if then != now:
+            what = "model" if then.model != now.model else "text"
+            raise UserError(
+                f"the {what} is not the one that the run in {folder.path} began with; "
+                "put it back, delete the folder, or give another."
+            )
+
+
+def check_tracker(name: str | None) -> None:
+    if name is None:
+        return
+    from accelerate.tracking import get_available_trackers
+
+    known = [str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()]
+    if name not in known:
+        raise UserError(
+            f"--tracker {name} is not installed; there is {', '.join(known) or 'none'}: "
+            "install it, for example with 'llm-streamline[track]', or leave it out."
+        )
 
 
 def describe(plan: LayerPlan) -> str:
@@ -91,7 +125,7 @@ def train_replacement(work: Workspace, plan: LayerPlan, folder: RunFolder) -> Fi
         return Fit.read(folder.file("replacement/fit.json"))
     recipe, training = work.recipe, shuffled(work.parts.training, work.recipe.seed)
     replacement = build_replacement(work.model, plan.replaced(), recipe.init, recipe.seed).to(work.device)
-    settings = Settings.resolve(recipe, training, work.config.hidden_size, work.bfloat16)
+    settings = Settings.resolve(recipe, training, work.config.hidden_size, work.memory, work.bfloat16)
     steps = -(-len(training) // (settings.batch * settings.accumulate))
     say(
         f"training on {training.numel():,} tokens: {steps} steps of {settings.batch * settings.accumulate} sequences "
@@ -118,15 +152,8 @@ def tracking(work: Workspace) -> Iterator[Track]:
     from accelerate import Accelerator
 
     folder = work.runtime.output or Path()
-    try:
-        accelerator = Accelerator(log_with=name, project_dir=str(folder), cpu=work.device == "cpu")
-        accelerator.init_trackers("tracking", config=flat(work.recipe))
-    except (ValueError, ImportError) as error:
-        raise UserError(
-            f"--tracker {name} cannot be used ({str(error).splitlines()[0]}); install it or leave it out."
-        ) from error
-    if not accelerator.trackers:
-        raise UserError(f"--tracker {name} is not installed; install it, for example with 'llm-streamline[track]'.")
+    accelerator = Accelerator(log_with=name, project_dir=str(folder), cpu=work.device == "cpu")
+    accelerator.init_trackers("tracking", config=flat(work.recipe))
     yield lambda values, step: accelerator.log(values, step=step)
     accelerator.end_training()
 
@@ -151,7 +178,7 @@ def assemble_model(
     replacement = load_replacement(work, plan, folder) if plan.occupied else ReplacementLayers()
     parts = ModelParts(source, plan, replacement, work.tokenizer)
     manifest = Manifest(
-        command=shlex.join(["llm-streamline", *sys.argv[1:]]),
+        command=work.runtime.command,
         recipe=work.recipe.model_dump(mode="json", exclude_none=True),
         plan=plan,
         layer_map=plan.layer_map(),
@@ -187,9 +214,12 @@ def score(work: Workspace, plan: LayerPlan, folder: RunFolder) -> Scores:
 def analyze_model(recipe: Recipe, runtime: Runtime) -> tuple[Similarity, Path]:
     """`similarity.json` and its figures in a folder of their own. Errors: UserError for a folder that is not ours."""
     folder = runtime.output or Path(f"{Path(recipe.model).name}-analysis")
-    if folder.exists() and (not folder.is_dir() or set(p.name for p in folder.iterdir()) - ANALYSIS_FILES):
+    if folder.exists() and (not folder.is_dir() or own_contents(folder) - ANALYSIS_FILES):
         raise UserError(f"-o {folder} holds other things than an analysis; give a folder that is new or empty.")
-    similarity = measure(Workspace(recipe, runtime))
+    work = Workspace(recipe.model_copy(update={"replace": "none"}), runtime)  # which needs no text to train on
+    check_protected(work.shape, recipe)
+    similarity = measure(work)
+    remove_leftovers(folder)
     similarity.write(folder / "similarity.json")
     report.draw_similarity(similarity, folder / "similarity.png")
     report.draw_heat_map(similarity, folder / "heat-map.png")

@@ -10,16 +10,19 @@ import json
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 from llm_streamline.checkpoint import BUNDLED
-from llm_streamline.errors import UserError
+from llm_streamline.errors import UserError, reason
 
 HUB = "hub:"
 TEXT_FIELDS = ("text", "content", "document", "story")
 _BUNDLED_TEXT = Path(__file__).parent / "demo" / "stories.jsonl"
-_PIECE_BYTES = 4096  # a .txt is one long text; it is dealt out in pieces of whole lines of about this size
+# a .txt is one long text; it is dealt out in about 256 pieces of whole lines, of 4 to 64 KB
+_PIECES, _SMALLEST_PIECE, _LARGEST_PIECE = 256, 4096, 65_536
+_LOOK_AHEAD_BYTES = 256
 _HUB_BUFFER = 10_000
 
 
@@ -47,6 +50,8 @@ class Documents:
                 "that ships with this package."
             )
         hub = [name.removeprefix(HUB) for name in data if name.startswith(HUB)]
+        if len(set(data)) < len(data):
+            raise UserError(f"--data names {max(data, key=data.count)} twice; give every source once.")
         files = [_BUNDLED_TEXT if name == BUNDLED else Path(name) for name in data if not name.startswith(HUB)]
         pieces = [piece for file in files for piece in _index(file)]
         return cls(pieces, hub, field, seed)
@@ -56,6 +61,15 @@ class Documents:
         return None if self._hub else len(self._pieces)
 
     def __iter__(self) -> Iterator[str]:
+        """Each document once: a copy of one that was given before is left out, so that no part holds another's."""
+        seen: set[bytes] = set()
+        for text in self._all():
+            digest = blake2b(text.encode(), digest_size=12).digest()
+            if text.strip() and digest not in seen:
+                seen.add(digest)
+                yield text
+
+    def _all(self) -> Iterator[str]:
         pieces = self._pieces.copy()
         random.Random(self._seed).shuffle(pieces)
         for piece in pieces:
@@ -71,11 +85,12 @@ def _index(file: Path) -> list[_Piece]:
     if file.suffix not in (".txt", ".jsonl"):
         raise UserError(f"--data {file} ends in {file.suffix!r}; .txt and .jsonl files can be read.")
     pieces, start, offset = [], 0, 0
-    for line in _lines(file):
+    size = max(_SMALLEST_PIECE, min(_LARGEST_PIECE, file.stat().st_size // _PIECES))
+    for line in _lines(file, size if file.suffix == ".txt" else -1):
         if b"\0" in line:
             raise UserError(f"--data {file} is binary; give text in UTF-8.")
         offset += len(line)
-        whole = line.strip() if file.suffix == ".jsonl" else offset - start >= _PIECE_BYTES
+        whole = line.strip() if file.suffix == ".jsonl" else offset - start >= size
         if whole:
             pieces.append(_Piece(file, start, offset - start))
             start = offset
@@ -86,14 +101,24 @@ def _index(file: Path) -> list[_Piece]:
     return pieces
 
 
-def _lines(file: Path) -> Iterator[bytes]:
-    """The lines of a file; in a .txt, one that runs on and on is cut at a blank."""
-    limit = 4 * _PIECE_BYTES if file.suffix == ".txt" else -1
+def _lines(file: Path, limit: int) -> Iterator[bytes]:
+    """The lines of a file; one longer than `limit` (-1 for none) is cut at a blank, or else between characters."""
     with file.open("rb") as stream:
         while line := stream.readline(limit):
-            while len(line) >= limit > 0 and line[-1:] not in (b" ", b"\n") and (byte := stream.read(1)):
-                line += byte
+            if len(line) == limit and not line.endswith(b"\n"):
+                here = stream.tell()
+                line += _to_a_cut(stream.read(_LOOK_AHEAD_BYTES))
+                stream.seek(here + len(line) - limit)
             yield line
+
+
+def _to_a_cut(ahead: bytes) -> bytes:
+    """What to add to a line that was cut anywhere: up to the next blank, or the rest of a UTF-8 character."""
+    blanks = [place for place in (ahead.find(b" "), ahead.find(b"\n")) if place >= 0]
+    if blanks:
+        return ahead[: min(blanks) + 1]
+    rest = next((place for place, byte in enumerate(ahead) if byte & 0xC0 != 0x80), len(ahead))
+    return ahead[:rest]
 
 
 def _read(piece: _Piece, field: str | None) -> str:
@@ -107,6 +132,7 @@ def _read(piece: _Piece, field: str | None) -> str:
         raise UserError(
             f"--data {piece.file} is not UTF-8 at byte {piece.offset + error.start}; convert it to UTF-8."
         ) from error
+    text = text.removeprefix("\ufeff")
     return text if piece.file.suffix == ".txt" else _parse(text, piece, field)
 
 
@@ -122,8 +148,10 @@ def _parse(line: str, piece: _Piece, field: str | None) -> str:
 
 
 def _text_of(row: dict[str, Any], field: str | None, where: str) -> str:
-    """The text of a row: the named field, else the first usual one. Errors: UserError."""
+    """The text of a row: the named field, else the first usual one; null is no text. Errors: UserError."""
     names = (field,) if field else TEXT_FIELDS
+    if any(name in row and row[name] is None for name in names):
+        return ""
     for name in names:
         if isinstance(row.get(name), str):
             return row[name]
@@ -142,10 +170,11 @@ def _stream(name: str, field: str | None, seed: int) -> Iterator[str]:
     repository, _, split = name.partition(":")
     try:
         rows = datasets.load_dataset(repository, split=split or "train", streaming=True)
+        for row in rows.shuffle(seed=seed, buffer_size=_HUB_BUFFER):
+            yield _text_of(row, field, f"--data {HUB}{name}")
+    except UserError:
+        raise
     except Exception as error:  # the library raises its own, the Hub's and the file system's
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"--data {HUB}{name} cannot be opened ({reason}); check the name, the split and the network."
+            f"--data {HUB}{name} cannot be read ({reason(error)}); check the name, the split and the network."
         ) from error
-    for row in rows.shuffle(seed=seed, buffer_size=_HUB_BUFFER):
-        yield _text_of(row, field, f"--data {HUB}{name}")

@@ -1,12 +1,14 @@
 """Text -> blocks of token ids: three disjoint, seeded parts for calibration, training and validation.
 
-Documents are dealt to the parts whole, so that no part has read the other's text; within a part they follow one
-another, ended by the tokenizer's end token, and are cut into full blocks. Nothing is padded.
+Documents are dealt to the parts whole, so that no part has read another's text; only what is left of one that is
+longer than a part goes to the next, after a gap of a block. Within a part documents follow one another, ended by the
+tokenizer's end token, and are cut into full blocks. Nothing is padded. A .txt is one long text: it is dealt in pieces.
 """
 
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -57,13 +59,16 @@ def read_parts(recipe: Recipe, tokenizer: Any, context: int, quiet: bool = False
     """The three parts that `recipe` asks for. Errors: UserError where the text is unusable or too short."""
     documents = Documents.open(recipe.data, recipe.field, recipe.seed)
     block = block_length(recipe, context)
+    if recipe.tokens and recipe.tokens < block:
+        raise UserError(f"--tokens {recipe.tokens} is less than one block of {block}; give more, or a smaller --block.")
     stream = iter(_tokenized(documents, tokenizer))
     head = list(islice(stream, 64))
     total = _expected_tokens(head, documents)
     small = int(SMALL_SHARE * total) if total is not None else recipe.calibration_tokens
+    given = recipe.model_fields_set
     wanted = {
-        "validation": max(block, min(recipe.validation_tokens, small)),
-        "calibration": max(2 * block, min(recipe.calibration_tokens, small)),
+        "validation": max(block, min(recipe.validation_tokens, _cap("validation_tokens", given, small))),
+        "calibration": max(2 * block, min(recipe.calibration_tokens, _cap("calibration_tokens", given, small))),
         "training": 0 if recipe.replace == "none" else recipe.tokens or DEFAULT_TOKENS,
     }
     packer, rest = _Packer(block), chain(head, stream)
@@ -92,18 +97,25 @@ def _expected_tokens(head: list[np.ndarray], documents: Documents) -> float | No
     return documents.count * sum(len(ids) for ids in head) / len(head)
 
 
+def _cap(name: str, given: set[str], small: int) -> int:
+    """Of a small text the default takes a share; what was asked for is taken as it is."""
+    return sys.maxsize if name in given else small
+
+
 class _Packer:
-    """Cuts a stream of documents into full blocks; what a part leaves of its last document is dropped."""
+    """Cuts a stream of documents into full blocks, one part after the other."""
 
     def __init__(self, block: int) -> None:
         self.block = block
+        self._left = np.empty(0, dtype=np.int32)
 
     def fill(self, documents: Iterator[np.ndarray], tokens: int, advance: Any) -> Tensor:
         """(N, block) int32 with the most full blocks that fit in `tokens`, fewer where the documents end."""
         wanted = tokens // self.block * self.block
         pieces: list[np.ndarray] = []
         have = 0
-        while have < wanted and (ids := next(documents, None)) is not None:
+        while have < wanted and (ids := self._next(documents)) is not None:
+            self._left = ids[wanted - have + self.block :]
             pieces.append(ids[: wanted - have])
             have += len(pieces[-1])
             advance(len(pieces[-1]), "tokens")
@@ -111,9 +123,14 @@ class _Packer:
         full = len(flat) // self.block * self.block
         return torch.from_numpy(flat[:full].reshape(-1, self.block))
 
+    def _next(self, documents: Iterator[np.ndarray]) -> np.ndarray | None:
+        """What the part before has left of a long document, else the next one."""
+        left, self._left = self._left, self._left[:0]
+        return left if len(left) >= self.block else next(documents, None)
+
 
 def _check_enough(filled: dict[str, Tensor], recipe: Recipe, block: int) -> None:
-    """Errors: UserError where a part has too few blocks, or an explicit --tokens exceeds the text."""
+    """Errors: UserError where a part has too few blocks, or fewer than were asked for."""
     need = {"calibration": 2, "validation": 1, "training": 0 if recipe.replace == "none" else 1}
     for name, blocks in need.items():
         if len(filled[name]) < blocks:
@@ -121,12 +138,16 @@ def _check_enough(filled: dict[str, Tensor], recipe: Recipe, block: int) -> None
                 f"the text gives {len(filled[name])} blocks of {block} tokens for {name} and {blocks} are needed; "
                 "give more text with --data or a smaller --block."
             )
-    have = filled["training"].numel()
-    if recipe.tokens and recipe.replace != "none" and have < recipe.tokens // block * block:
-        raise UserError(
-            f"--tokens {recipe.tokens} is more than the {have} training tokens that the text gives; "
-            "give more text with --data or fewer --tokens."
-        )
+    asked = {"calibration": "calibration_tokens", "validation": "validation_tokens"}
+    asked |= {} if recipe.replace == "none" else {"training": "tokens"}
+    for name, key in asked.items():
+        tokens, have = getattr(recipe, key), filled[name].numel()
+        if key in recipe.model_fields_set and tokens and have < tokens // block * block:
+            flag = f"--{key.replace('_', '-')}"
+            raise UserError(
+                f"{flag} {tokens} is more than the {have} tokens that the text gives for {name}; "
+                f"give more text with --data or fewer {flag}."
+            )
 
 
 def shuffled(blocks: Tensor, seed: int) -> Tensor:

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import psutil
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -60,15 +59,15 @@ class Settings:
     autocast: bool
 
     @classmethod
-    def resolve(cls, recipe: Recipe, training: Tensor, width: int, autocast: bool) -> Settings:
-        """What the recipe leaves open is decided from the text, the model's width and the free memory."""
-        lr = recipe.lr or 1e-3 * min(1.0, math.sqrt(256 / width))
+    def resolve(cls, recipe: Recipe, training: Tensor, width: int, memory: int, autocast: bool) -> Settings:
+        """What the recipe leaves open is decided from the text, the model's width and the bytes of memory."""
+        lr, min_lr = rates(recipe, width)
         return cls(
             loss=recipe.loss,
-            batch=recipe.batch or default_batch(training, recipe, width),
+            batch=recipe.batch or default_batch(training, recipe, width, memory),
             accumulate=recipe.accumulate,
             lr=lr,
-            min_lr=lr / 10 if recipe.min_lr is None else recipe.min_lr,
+            min_lr=min_lr,
             weight_decay=recipe.weight_decay,
             warmup=recipe.warmup,
             clip=recipe.clip,
@@ -76,13 +75,24 @@ class Settings:
         )
 
 
-def default_batch(training: Tensor, recipe: Recipe, width: int) -> int:
+def rates(recipe: Recipe, width: int) -> tuple[float, float]:
+    """The first and last learning rate. Errors: UserError where the last would be the higher."""
+    lr = recipe.lr or 1e-3 * min(1.0, math.sqrt(256 / width))
+    min_lr = lr / 10 if recipe.min_lr is None else recipe.min_lr
+    if min_lr > lr:
+        raise UserError(
+            f"--min-lr {min_lr:g} is above the learning rate of {lr:g}; give a smaller one, or a larger --lr."
+        )
+    return lr, min_lr
+
+
+def default_batch(training: Tensor, recipe: Recipe, width: int, memory: int) -> int:
     """Sequences per micro-batch: at least 250 steps, at most 16k tokens a step, and what a quarter of memory holds."""
     blocks, block = training.shape
     for_steps = blocks // (FEWEST_STEPS * recipe.accumulate)
     for_tokens = LARGEST_BATCH_TOKENS // block
     # about 64 float32 values of the model's width are alive per token and layer while it trains
-    for_memory = psutil.virtual_memory().available // 4 // (block * width * 4 * 64 * (recipe.occupied + 1))
+    for_memory = memory // 4 // (block * width * 4 * 64 * (recipe.occupied + 1))
     return max(1, min(for_steps, for_tokens, for_memory))
 
 
@@ -146,10 +156,7 @@ class Trainer:
         with progress("training", training.numel(), self.quiet) as advance:
             for step, blocks in enumerate(groups, start=1):
                 lr = learning_rate(step - 1, len(groups), self.settings)
-                started = time.perf_counter()
-                loss = self.step(optimizer, blocks, lr)
-                history.seconds += time.perf_counter() - started  # validation is not counted
-                history.add(step, blocks.numel(), lr, loss)
+                history.add(step, blocks.numel(), lr, self.step(optimizer, blocks, lr))
                 advance(blocks.numel(), history.note())
         return history.fit(training)
 
@@ -161,11 +168,12 @@ class _History:
         self.trainer, self.validation, self.steps = trainer, validation, steps
         self.curve: list[Point] = []
         self.checks: list[Check] = []
-        self.seconds = 0.0
         self.tokens = 0
         self.lr = 0.0
         self._pending: list[Tensor] = []
         self._check(0)
+        self._started = time.perf_counter()
+        self._validating = 0.0
 
     def add(self, step: int, tokens: int, lr: float, loss: Tensor) -> None:
         self.tokens += tokens
@@ -174,14 +182,17 @@ class _History:
         if step == self.steps or step % max(1, self.steps // CURVE_POINTS) == 0:
             self._point(step)
         if step == self.steps or step % max(1, self.steps // VALIDATIONS) == 0:
+            started = time.perf_counter()
             self._check(step)
+            self._validating += time.perf_counter() - started
 
     def _point(self, step: int) -> None:
         loss = torch.stack(self._pending).mean().item()
         self._pending.clear()
         if not math.isfinite(loss):
             raise UserError(
-                f"the training loss is {loss} at step {step}; use a smaller --lr than {self.trainer.settings.lr:g}."
+                f"the training loss is {loss} at step {step}; "
+                f"begin in another folder with a smaller --lr than {self.trainer.settings.lr:g}."
             )
         self.curve.append(Point(step=step, tokens=self.tokens, lr=self.lr, loss=loss))
         self.trainer.track({"train/loss": loss, "train/lr": self.lr}, step)
@@ -202,6 +213,7 @@ class _History:
         return f"loss {self.curve[-1].loss:.4g}" if self.curve else ""
 
     def fit(self, training: Tensor) -> Fit:
+        seconds = time.perf_counter() - self._started - self._validating
         self.trainer.replacement.load_state_dict(self._best_weights)
         if self.best.step == 0:
             say(
@@ -223,8 +235,8 @@ class _History:
             validation_best=self.best.loss,
             best_step=self.best.step,
             trained_parameters=self.trainer.replacement.count(),
-            seconds=self.seconds,
-            tokens_per_second=self.tokens / max(self.seconds, 1e-9),
+            seconds=seconds,
+            tokens_per_second=self.tokens / max(seconds, 1e-9),
             device=str(model.device),
             compute="bfloat16 autocast" if settings.autocast else str(model.dtype).removeprefix("torch."),
             threads=torch.get_num_threads(),

@@ -7,19 +7,28 @@ from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
+import psutil
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from llm_streamline import checkpoint
 from llm_streamline.errors import UserError
 from llm_streamline.families import parameter_counts
-from llm_streamline.files import remove_leftovers, write_text
+from llm_streamline.files import TEMPORARY, write_text
 from llm_streamline.recipe import Recipe, Runtime, changed_keys, read_yaml, to_yaml
-from llm_streamline.records import ModelShape, Record
+from llm_streamline.records import Inputs, ModelShape, Record
 from llm_streamline.text import Parts, read_parts
 
 RECIPE = "recipe.yaml"
 R = TypeVar("R", bound=Record)
+
+
+def own_contents(folder: Path) -> set[str]:
+    """Names in a folder, but for what a killed run left half-written."""
+    if not folder.exists():
+        return set()
+    return {entry.name for entry in folder.iterdir() if not entry.name.startswith(TEMPORARY)}
 
 
 class RunFolder:
@@ -35,15 +44,13 @@ class RunFolder:
             raise UserError("no output folder was given; name one with -o, such as -o streamlined.")
         if path.exists() and not path.is_dir():
             raise UserError(f"-o {path} is a file; give a folder that is new or empty.")
-        if path.exists():
-            remove_leftovers(path)
-        contents = [entry.name for entry in path.iterdir()] if path.exists() else []
+        contents = own_contents(path)
         if RECIPE in contents:
             changed = changed_keys(Recipe(**read_yaml(path / RECIPE)), recipe)
             if changed:
                 raise UserError(
                     f"-o {path} holds a run of another recipe ({', '.join(changed)} changed); "
-                    "repeat the command as it was, or give another folder."
+                    "repeat the command as it was, delete the folder, or give another."
                 )
         elif contents:
             raise UserError(f"-o {path} is not empty and not a run of this tool; give a folder that is new or empty.")
@@ -75,6 +82,8 @@ class Workspace:
         self.source = checkpoint.Source(recipe.model, runtime.allow_pickle, runtime.trust_remote_code)
         if runtime.threads:
             torch.set_num_threads(runtime.threads)
+        if runtime.quiet:
+            logging.disable_progress_bar()
 
     @cached_property
     def config(self) -> PretrainedConfig:
@@ -90,11 +99,11 @@ class Workspace:
 
     @cached_property
     def device(self) -> str:
-        asked = self.runtime.device
-        cuda = torch.cuda.is_available()
-        if asked.startswith("cuda") and not cuda:
-            raise UserError(f"--device {asked} was given but torch finds no GPU here; use --device cpu.")
-        return ("cuda" if cuda else "cpu") if asked == "auto" else asked
+        asked, count = self.runtime.device, torch.cuda.device_count()
+        known = ["cpu", *(["cuda"] if count else []), *(f"cuda:{number}" for number in range(count))]
+        if asked != "auto" and asked not in known:
+            raise UserError(f"--device {asked} is not to be had here; there is {', '.join(known)}.")
+        return ("cuda" if count else "cpu") if asked == "auto" else asked
 
     @cached_property
     def bfloat16(self) -> bool:
@@ -107,21 +116,32 @@ class Workspace:
         return any(getattr(torch.cpu, test, lambda: False)() for test in tests)
 
     @cached_property
+    def checkpoint_dtype(self) -> torch.dtype:
+        return checkpoint.checkpoint_dtype(self.source, self.config)
+
+    @cached_property
     def dtype(self) -> torch.dtype:
         """The number format of the saved model."""
-        return getattr(torch, self.recipe.dtype) if self.recipe.dtype else checkpoint.checkpoint_dtype(self.config)
+        return getattr(torch, self.recipe.dtype) if self.recipe.dtype else self.checkpoint_dtype
 
     @cached_property
     def model(self) -> PreTrainedModel:
-        """The frozen source: in the checkpoint's number format to compute in bfloat16, else in float32."""
-        return self.load(self.source)
+        """The frozen source, in the number format to compute in."""
+        model = self.load(self.source)
+        self._refuse_overflow(model)
+        return model
+
+    def _refuse_overflow(self, model: PreTrainedModel) -> None:
+        largest = torch.finfo(self.dtype).max
+        if self.recipe.dtype and any(bool((p.abs() > largest).any()) for p in model.parameters()):
+            raise UserError(f"--dtype {self.recipe.dtype} cannot hold the model's weights; use bfloat16 or float32.")
 
     def load(self, source: checkpoint.Source) -> PreTrainedModel:
-        return checkpoint.load_model(source, "auto" if self.bfloat16 else torch.float32, self.device)
+        return checkpoint.load_model(source, torch.bfloat16 if self.bfloat16 else torch.float32, self.device)
 
     def model_as_saved(self) -> PreTrainedModel:
         """The source on the CPU in float32, rounded to what the saved number format holds."""
-        same = self.model.dtype == torch.float32 and self.dtype == checkpoint.checkpoint_dtype(self.config)
+        same = self.model.dtype == torch.float32 and self.dtype == self.checkpoint_dtype
         if same and self.device == "cpu":
             return self.model
         return checkpoint.round_weights(checkpoint.load_model(self.source, torch.float32), self.dtype)
@@ -137,6 +157,16 @@ class Workspace:
         for blocks in (parts.calibration, parts.training, parts.validation):
             checkpoint.check_ids(blocks, self.config.vocab_size)
         return parts
+
+    def inputs(self) -> Inputs:
+        return Inputs(model=checkpoint.fingerprint(self.source), data=self.parts.summary())
+
+    @cached_property
+    def memory(self) -> int:
+        """Bytes of memory where the model computes, in use or not: a default taken from it can be repeated."""
+        if self.device.startswith("cuda"):
+            return torch.cuda.mem_get_info(self.device)[1]
+        return psutil.virtual_memory().total
 
     def batch(self, tokens: int) -> int:
         """Sequences that make up about `tokens` tokens."""
