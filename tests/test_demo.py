@@ -22,7 +22,7 @@ def test_deleting_costs_and_the_replacement_brings_it_back(tmp_path, capsys, mon
     assert dense - deleted >= 0.15
     assert replaced - deleted >= 0.7 * (dense - deleted)
     main(["demo", "-o", "demo-run", "--json"])
-    assert json.loads(capsys.readouterr().out)["accuracy"]["replaced"] == replaced
+    assert json.loads(capsys.readouterr().out)["accuracy"]["replaced"] == pytest.approx(replaced, abs=0.005)
 
 
 def test_questions_have_four_choices_and_gold_in_every_place():

@@ -94,8 +94,14 @@ class Recipe(_Schema):
     tokens: Count | None = Field(
         None, description="Training tokens, e.g. 250k. [default: 1M, or what the text gives if that is less]"
     )
-    calibration_tokens: Count = Field(2**16, description="Tokens on which similarity is measured.")
-    validation_tokens: Count = Field(2**15, description="Tokens held out to choose the best weights and report loss.")
+    calibration_tokens: Count | None = Field(
+        None, description="Tokens on which similarity is measured. [default: 65536, a tenth of a small text]"
+    )
+    validation_tokens: Count | None = Field(
+        None,
+        description="Tokens held out to choose the best weights and report loss. "
+        "[default: 32768, a tenth of a small text]",
+    )
     block: Count | None = Field(
         None, gt=1, description="Tokens per sequence. [default: the model's context, 2048 at most]"
     )

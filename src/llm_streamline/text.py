@@ -8,7 +8,6 @@ tokenizer's end token, and are cut into full blocks. Nothing is padded. A .txt i
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -25,6 +24,8 @@ from llm_streamline.recipe import Recipe
 from llm_streamline.sources import Documents
 
 DEFAULT_TOKENS = 1_000_000
+CALIBRATION_TOKENS = 2**16
+VALIDATION_TOKENS = 2**15
 LARGEST_BLOCK = 2048
 SMALL_SHARE = 0.1  # of the text, at most, for calibration and for validation each
 
@@ -64,11 +65,10 @@ def read_parts(recipe: Recipe, tokenizer: Any, context: int, quiet: bool = False
     stream = iter(_tokenized(documents, tokenizer))
     head = list(islice(stream, 64))
     total = _expected_tokens(head, documents)
-    small = int(SMALL_SHARE * total) if total is not None else recipe.calibration_tokens
-    given = recipe.model_fields_set
+    small = CALIBRATION_TOKENS if total is None else int(SMALL_SHARE * total)
     wanted = {
-        "validation": max(block, min(recipe.validation_tokens, _cap("validation_tokens", given, small))),
-        "calibration": max(2 * block, min(recipe.calibration_tokens, _cap("calibration_tokens", given, small))),
+        "validation": max(block, recipe.validation_tokens or min(VALIDATION_TOKENS, small)),
+        "calibration": max(2 * block, recipe.calibration_tokens or min(CALIBRATION_TOKENS, small)),
         "training": 0 if recipe.replace == "none" else recipe.tokens or DEFAULT_TOKENS,
     }
     packer, rest = _Packer(block), chain(head, stream)
@@ -95,11 +95,6 @@ def _expected_tokens(head: list[np.ndarray], documents: Documents) -> float | No
     if documents.count is None or not head:
         return None
     return documents.count * sum(len(ids) for ids in head) / len(head)
-
-
-def _cap(name: str, given: set[str], small: int) -> int:
-    """Of a small text the default takes a share; what was asked for is taken as it is."""
-    return sys.maxsize if name in given else small
 
 
 class _Packer:
@@ -142,7 +137,7 @@ def _check_enough(filled: dict[str, Tensor], recipe: Recipe, block: int) -> None
     asked |= {} if recipe.replace == "none" else {"training": "tokens"}
     for name, key in asked.items():
         tokens, have = getattr(recipe, key), filled[name].numel()
-        if key in recipe.model_fields_set and tokens and have < tokens // block * block:
+        if tokens and have < tokens // block * block:
             flag = f"--{key.replace('_', '-')}"
             raise UserError(
                 f"{flag} {tokens} is more than the {have} tokens that the text gives for {name}; "
