@@ -1,7 +1,7 @@
 """LayerPlan + tokens -> trained replacement (Fit): distillation on hidden states, Eq. 4 of the paper.
 
 The frozen layers [0, window.stop) run once per batch and nothing above them; gradients exist only in the
-replacement; no hidden state is kept past its batch, so memory does not grow with the tokens.
+replacement; no hidden state is kept past its batch.
 """
 
 from __future__ import annotations
