@@ -107,7 +107,7 @@ class Recipe(_Schema):
     )
     batch: Count | None = Field(
         None,
-        description="Sequences per micro-batch. [default: what memory allows, for 250 steps or more of 16k tokens or fewer]",
+        description="Sequences per micro-batch. [default: by memory, for 250 steps or more of 16k tokens or fewer]",
     )
     accumulate: Count = Field(1, description="Micro-batches per optimizer step.")
     lr: float | None = Field(
