@@ -27,11 +27,17 @@ def test_a_preset_gives_way_to_a_file_and_that_to_flags(tmp_path):
 
 def test_presets_are_the_papers_settings():
     for name, own in PRESETS.items():
-        recipe = make_recipe({"model": "m", "preset": name})
+        recipe = make_recipe({"model": "m", "preset": name, "custom_code": True})
         assert (recipe.loss, recipe.lr, recipe.min_lr, recipe.weight_decay) == ("mse", 2e-4, 5e-5, 1e-3)
         assert (recipe.warmup, recipe.clip, recipe.protect_first, recipe.protect_last) == (0.01, 5.0, 0, 0)
         assert all(getattr(recipe, key) == value for key, value in own.items())
-    assert set(PRESETS) == {"paper", "paper-none", "paper-random"}
+    assert set(PRESETS) == {"paper", "paper-none", "paper-random", "paper-ffn", "paper-swiglu"}
+
+
+@pytest.mark.parametrize("preset", ["paper-ffn", "paper-swiglu"])
+def test_presets_of_networks_ask_for_code_to_be_allowed(preset):
+    with pytest.raises(UserError, match="allow it with --custom-code"):
+        Recipe(model="m", preset=preset)
 
 
 def test_presets_hold_in_python_too():
@@ -47,8 +53,8 @@ def test_changed_keys_are_named_as_flags():
 
 
 def test_layers_occupied():
-    counts = {kind: Recipe(model="m", replace=kind).occupied for kind in ("none", "layer", "layer:2")}
-    assert counts == {"none": 0, "layer": 1, "layer:2": 2}
+    counts = {kind: Recipe(model="m", replace=kind).occupied for kind in ("none", "layer", "layer:2", "mlp")}
+    assert counts == {"none": 0, "layer": 1, "layer:2": 2, "mlp": 1}
 
 
 @pytest.mark.parametrize(
@@ -56,7 +62,7 @@ def test_layers_occupied():
     [
         ({"lerning_rate": 1}, "'lerning_rate' is not known; the nearest is"),
         ({"los": "mse"}, "'los' is not known; the nearest is 'loss'"),
-        ({"replace": "mlpp"}, "--replace was given 'mlpp'.*none, layer"),
+        ({"replace": "mlpp"}, "--replace was given 'mlpp'.*none; layer"),
         ({"replace": "layer:0"}, "--replace was given 'layer:0'"),
         ({"tokens": "many"}, "--tokens was given 'many' .*such as 250k"),
         ({"tokens": 0}, "--tokens was given 0"),

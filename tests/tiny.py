@@ -35,6 +35,7 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "llama": _llama(),
     "llama-tied": _llama(tie_word_embeddings=True, attention_bias=True, mlp_bias=True),
     "opt": _opt(),
+    "opt-wide": _opt(ffn_dim=128, activation_function="relu"),
     "opt-post-norm": _opt(do_layer_norm_before=False, word_embed_proj_dim=16),
 }
 

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from llm_streamline.custom_code import write_custom_code
 from llm_streamline.errors import StreamlineError, VerificationError
-from llm_streamline.families import layers_prefix, sliced_config, sliding_window
+from llm_streamline.families import layers_of, layers_prefix, sliced_config, sliding_window
 from llm_streamline.files import atomic
-from llm_streamline.forward import substituted
+from llm_streamline.forward import returned_values, substituted
+from llm_streamline.networks import NetworkLayer, install
 from llm_streamline.oracle import (
     FOLDER,
     MANIFEST,
@@ -58,7 +60,7 @@ def assemble(parts: Parts, dtype: torch.dtype, prompts: Tensor, manifest: Manife
         manifest = manifest.model_copy(update={"tensors": tensors, "limits": limits, "weights": weight_hashes(folder)})
         manifest.write(folder / MANIFEST)
         _write_json(folder / "layer-map.json", {"layers": manifest.layer_map})
-        verification = verify(folder)
+        verification = verify(folder, trust_remote_code=True)  # which was written here, a moment ago
         if not verification.passed:
             raise VerificationError(f"the assembled model is not published: {'; '.join(verification.problems)}.")
         manifest.model_copy(update={"verification": verification}).write(folder / MANIFEST)
@@ -78,7 +80,11 @@ def _write_oracle(parts: Parts, prompts: Tensor, folder: Path) -> list[str]:
 def _write_model(parts: Parts, dtype: torch.dtype, folder: Path) -> dict[str, int]:
     """Save weights, configuration, tokenizer and generation settings; returns what became of the source's tensors."""
     model, tensors = build(parts, dtype)
-    model.save_pretrained(folder)
+    if parts.plan.custom_code:
+        model.save_pretrained(folder, save_original_format=False)  # keys as the folder's own code has them
+        write_custom_code(model, network_in(parts), folder)
+    else:
+        model.save_pretrained(folder)
     if parts.source.can_generate():  # as it is: some published ones would be refused by transformers' own save
         text = parts.source.generation_config.to_json_string()
         (folder / "generation_config.json").write_text(text, encoding="utf-8")
@@ -98,6 +104,8 @@ def build(parts: Parts, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str, 
     config = sliced_config(parts.source.config, sources)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        if parts.plan.custom_code:
+            install(layers_of(model), network_in(parts))
     weights, counts = _moved_weights(parts, sources)
     expected = set(model.state_dict())
     if unexplained := expected.symmetric_difference(weights):
@@ -114,7 +122,6 @@ def _moved_weights(parts: Parts, sources: list[int]) -> tuple[dict[str, Tensor],
     """The new model's state dict by moving the source's keys, and what became of each of the source's tensors."""
     prefix = layers_prefix(parts.source.config)
     replaced = parts.plan.replaced()
-    stand_ins = [layer.state_dict() for layer in parts.replacement]
     new_numbers = {source: new for new, source in enumerate(sources)}
     weights: dict[str, Tensor] = {}
     counts = dict.fromkeys(("kept", "renamed", "removed", "replaced"), 0)
@@ -127,11 +134,19 @@ def _moved_weights(parts: Parts, sources: list[int]) -> tuple[dict[str, Tensor],
             counts["removed"] += 1
         elif old in replaced:
             counts["replaced"] += 1
-            weights[f"{prefix}{new_numbers[old]}.{rest}"] = stand_ins[old - replaced.start][rest]
         else:
             counts["kept" if new_numbers[old] == old else "renamed"] += 1
             weights[f"{prefix}{new_numbers[old]}.{rest}"] = value
+    for old, layer in zip(replaced, list(parts.replacement), strict=True):
+        weights |= {f"{prefix}{new_numbers[old]}.{rest}": value for rest, value in layer.state_dict().items()}
     return weights, counts
+
+
+def network_in(parts: Parts) -> dict[str, Any]:
+    """What a network's layer in the new model is made from, and its place there."""
+    (layer,) = parts.replacement
+    assert isinstance(layer, NetworkLayer)
+    return {**layer.spec, "place": parts.plan.window.start, "outputs": returned_values(parts.source)}
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -30,6 +30,7 @@ def choose(similarity: Similarity, shape: ModelShape, recipe: Recipe) -> LayerPl
         num_layers=shape.num_layers,
         window=window,
         replace=recipe.replace,
+        custom_code=recipe.network,
         occupied=recipe.occupied,
         parameters_before=shape.total,
         parameters_after=parameters_after(shape, window, recipe.occupied),
@@ -120,11 +121,14 @@ def _layers_for(max_params: int, shape: ModelShape, recipe: Recipe) -> int:
 
 def _removable(shape: ModelShape, recipe: Recipe) -> int:
     last = shape.num_layers - recipe.protect_last
-    return sum(shape.layers[recipe.protect_first + recipe.occupied : last])
+    most = Window(start=recipe.protect_first, stop=last)
+    return shape.total - parameters_after(shape, most, recipe.occupied)
 
 
 def parameters_after(shape: ModelShape, window: Window, occupied: int) -> int:
-    """Exact parameters of the shortened model: the replacement's layers are shaped like the window's first ones."""
+    """Exact parameters of the shortened model: stand-ins are shaped like the window's first layers, or networks."""
+    if shape.network is not None:
+        return shape.total - sum(shape.layers[window.start : window.stop]) + occupied * shape.network
     return shape.total - sum(shape.layers[window.start + occupied : window.stop])
 
 

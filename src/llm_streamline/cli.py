@@ -34,6 +34,7 @@ _ONLY_COMPRESS = {
         "max_params",
         "replace",
         "init",
+        "custom_code",
         "loss",
         "tokens",
         "batch",
@@ -139,12 +140,15 @@ def analyze(recipe: Recipe, runtime: Runtime) -> None:
 def verify(
     folder: Annotated[Path, typer.Argument(help="A run folder or the model folder in it.")],
     json_output: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run model code that lies in the folder.")
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the trace of an error.")] = False,
 ) -> None:
     """Check in a fresh process that a folder computes what it should."""
     from llm_streamline import oracle
 
-    found = oracle.verify(folder)
+    found = oracle.verify(folder, trust_remote_code)
     lines = [f"problem: {problem}" for problem in found.problems] or [
         f"verified: logits within {found.logits_error:.1e}, cached = uncached generation, "
         f"{found.parameters:,} parameters in {found.tensors} tensors"

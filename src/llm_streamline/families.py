@@ -23,13 +23,15 @@ class Family:
 
     model_type: str
     layers: str  # path of the list of decoder layers inside the causal LM
+    attention_output: str  # within a layer: the projection whose zero silences attention
+    mlp: tuple[str, ...]  # within a layer: what still acts then, the MLP and the norms around it
 
 
 FAMILIES = {
     family.model_type: family
     for family in (
-        Family("llama", "model.layers"),
-        Family("opt", "model.decoder.layers"),
+        Family("llama", "model.layers", "self_attn.o_proj", ("post_attention_layernorm", "mlp")),
+        Family("opt", "model.decoder.layers", "self_attn.out_proj", ("final_layer_norm", "fc1", "fc2")),
     )
 }
 
@@ -40,6 +42,9 @@ THRESHOLD_KEYS = (
     "first_k_dense_replace",
     "max_window_layers",
 )  # layers below the number differ from those above
+# config keys and values with which layers normalise the sum they return: none of them can be the identity
+SUM_NORMALISED = {"do_layer_norm_before": False, "apply_residual_connection_post_layernorm": True}
+INNER_WIDTH_KEYS = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner")
 
 
 def family_of(config: PretrainedConfig) -> Family:
@@ -99,3 +104,14 @@ def sliced_config(config: PretrainedConfig, sources: Sequence[int]) -> Pretraine
 def sliding_window(config: PretrainedConfig) -> int | None:
     """How far back the narrowest attention sees, where it is limited."""
     return getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+
+
+def never_identity(config: PretrainedConfig) -> bool:
+    """Whether the layers normalise what they return, so that none can pass its input through."""
+    return any(getattr(config, key, None) is value for key, value in SUM_NORMALISED.items())
+
+
+def inner_width(config: PretrainedConfig) -> int:
+    """The width inside the model's own MLP; four times its width where the configuration does not say."""
+    given = (getattr(config, key, None) for key in INNER_WIDTH_KEYS)
+    return next((width for width in given if isinstance(width, int)), 4 * config.hidden_size)

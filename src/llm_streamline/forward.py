@@ -116,6 +116,18 @@ def run_window(model: PreTrainedModel, window: Window, input_ids: Tensor) -> Pas
     return Passage(entering=entering, leaving=leaving, calls=[call for call in calls if call is not None])
 
 
+@torch.no_grad()
+def returned_values(model: PreTrainedModel) -> int:
+    """How many values the model's decoder layers return in a tuple; 0 where they return the hidden state itself."""
+    outputs: list[Any] = []
+    handle = layers_of(model)[0].register_forward_hook(lambda module, args, output: outputs.append(output))
+    try:
+        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
+    finally:
+        handle.remove()
+    return len(outputs[0]) if isinstance(outputs[0], tuple) else 0
+
+
 @contextmanager
 def substituted(model: PreTrainedModel, window: Window, replacement: Sequence[nn.Module] = ()) -> Iterator[None]:
     """The source model with `window` skipped, or its first layers standing aside for `replacement`, through hooks.

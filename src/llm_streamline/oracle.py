@@ -15,6 +15,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PretrainedConfig, PreTrainedModel
 
+_TRUST = "--trust-remote-code"
 FOLDER = "verification"
 MANIFEST = "streamline.json"
 TOLERANCE = 1e-5  # largest difference of a logit, relative to the largest logit, in float32
@@ -58,15 +60,24 @@ def prompt_length(config: PretrainedConfig, sliding_window: int | None) -> tuple
     return longest, [f"checked with prompts of {longest} tokens, within the sliding window of {sliding_window}"]
 
 
-def verify(folder: Path | str, quiet: bool = False) -> Verification:
+def verify(folder: Path | str, trust_remote_code: bool = False) -> Verification:
     """Check a model folder made by this tool, in a fresh process. Errors: UserError where it is none.
 
-    `folder` is the model folder or the run folder around it.
+    `folder` is the model folder or the run folder around it; code that lies in it is run only where that is trusted.
     """
     model = model_folder(Path(folder))
+    custom_code = Manifest.read(model / MANIFEST).plan.custom_code
+    if custom_code and not trust_remote_code:
+        raise UserError(
+            f"{folder} brings its own model code; read its .py files, then allow them with --trust-remote-code."
+        )
     environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "llm_streamline.oracle", str(model)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "llm_streamline.oracle", str(model), *([_TRUST] if custom_code else [])]
+    with tempfile.TemporaryDirectory() as modules:  # transformers copies a folder's code there before running it
+        environment["HF_MODULES_CACHE"] = modules
+        done = subprocess.run(
+            command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+        )
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"the process ended with {done.returncode}"]
         return _failed(f"the folder does not load in a fresh process: {lines[-1]}")
@@ -112,7 +123,7 @@ def versions() -> dict[str, str]:
     }
 
 
-def check(folder: Path) -> Verification:
+def check(folder: Path, trust_remote_code: bool = False) -> Verification:
     """Load `folder` with plain transformers, in float32, and hold it against its oracle and its manifest."""
     import torch
     from safetensors.torch import load_file
@@ -121,7 +132,9 @@ def check(folder: Path) -> Verification:
     torch.manual_seed(0)
     manifest = Manifest.read(folder / MANIFEST)
     oracle = load_file(folder / FOLDER / "oracle.safetensors")
-    model, loading = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    model, loading = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=trust_remote_code
+    )
     model.eval()
     error = _logits_error(model, oracle)
     cached = _generates_alike(model, oracle["input_ids"])
@@ -130,7 +143,7 @@ def check(folder: Path) -> Verification:
         *_loading_problems(loading),
         *([] if weight_hashes(folder) == manifest.weights else ["the weights are not the ones that were written"]),
         *_count_problems(model, manifest, tensors),
-        *_tokenizer_problems(folder),
+        *_tokenizer_problems(folder, trust_remote_code),
     ]
     if not error <= TOLERANCE:  # also true of nan
         problems.append(f"logits differ from the source's by {error:.2g} relative, over the tolerance of {TOLERANCE:g}")
@@ -209,7 +222,7 @@ def _count_problems(model: PreTrainedModel, manifest: Manifest, tensors: list[st
     return problems
 
 
-def _tokenizer_problems(folder: Path) -> list[str]:
+def _tokenizer_problems(folder: Path, trust_remote_code: bool) -> list[str]:
     """The saved tokenizer must make the ids that the source's made of the same words."""
     from transformers import AutoTokenizer
 
@@ -217,9 +230,10 @@ def _tokenizer_problems(folder: Path) -> list[str]:
     if not sample.is_file():
         return []
     expected = json.loads(sample.read_text(encoding="utf-8"))
-    ids = AutoTokenizer.from_pretrained(folder)(expected["text"])["input_ids"]
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    ids = tokenizer(expected["text"])["input_ids"]
     return [] if ids == expected["ids"] else ["the saved tokenizer makes other ids than the source's"]
 
 
 if __name__ == "__main__":
-    print(check(Path(sys.argv[1])).model_dump_json())
+    print(check(Path(sys.argv[1]), _TRUST in sys.argv).model_dump_json())

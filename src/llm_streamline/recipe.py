@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from llm_streamline.errors import UserError, reason
 
@@ -33,6 +33,13 @@ def as_text(value: Any) -> Any:
 def as_several(value: Any) -> Any:
     """One name as a tuple of one."""
     return (value,) if isinstance(value, str) else value
+
+
+def check_replace(value: str) -> str:
+    """Errors: ValueError for what is no replacement."""
+    if not re.fullmatch(r"none|mlp|layer(:[1-9]\d*)?|(ffn|swiglu)(:residual)?", value):
+        raise ValueError("there is no such replacement")
+    return value
 
 
 Count = Annotated[int, BeforeValidator(parse_count), Field(gt=0)]
@@ -63,7 +70,8 @@ class Recipe(_Schema):
     )
     preset: str | None = Field(
         None,
-        description="A named set of values below: paper, paper-none or paper-random. What you give wins.",
+        description="A named set of values below: paper, paper-none, paper-ffn, paper-swiglu or paper-random. "
+        "What you give wins.",
     )
     remove: Annotated[str | None, BeforeValidator(as_text)] = Field(
         None, description="Net layers to remove: a number (8) or a share of the layers (25%). [default: 25%]"
@@ -78,13 +86,20 @@ class Recipe(_Schema):
     )
     protect_first: int = Field(1, ge=0, description="How many first layers no window may take.")
     protect_last: int = Field(1, ge=0, description="How many last layers no window may take.")
-    replace: str = Field(
+    replace: Annotated[str, AfterValidator(check_replace)] = Field(
         "layer",
-        pattern=r"^(none|layer(:[1-9]\d*)?)$",
-        description="What stands in for the window: none, layer (one of the model's own), or layer:2 for two.",
+        description="What stands in for the window: none; layer (one of the model's own), layer:2 for two; mlp (one "
+        "with its attention silent); or the paper's ffn or swiglu, also as ffn:residual or swiglu:residual.",
     )
-    init: Literal["inherited", "random"] = Field(
-        "inherited", description="Start of the replacement: the first pruned layers' weights, or random ones."
+    init: Literal["inherited", "random"] | None = Field(
+        None,
+        description="Start of the replacement: inherited from the first pruned layers, or random. "
+        "[default: inherited for layer and mlp, random for ffn and swiglu]",
+    )
+    custom_code: bool = Field(
+        False,
+        description="Let the saved model carry code of its own, as ffn and swiglu need: it then loads only with "
+        "trust_remote_code=True.",
     )
     loss: Literal["nmse", "mse"] = Field(
         "nmse",
@@ -148,12 +163,32 @@ class Recipe(_Schema):
             Window.parse(self.window)
         return self
 
+    @model_validator(mode="after")
+    def _custom_code_allowed(self) -> Recipe:
+        if self.network and not self.custom_code:
+            raise ValueError(
+                f"--replace {self.replace} is saved with code of its own and loads only where that is trusted; "
+                "allow it with --custom-code, or use --replace mlp or layer, which load everywhere"
+            )
+        return self
+
+    @property
+    def network(self) -> bool:
+        """Whether the replacement is one of the paper's networks, which stock transformers does not know."""
+        return self.replace.partition(":")[0] in ("ffn", "swiglu")
+
+    @property
+    def start(self) -> str:
+        """How the replacement's weights begin: 'inherited' or 'random'."""
+        return self.init or ("random" if self.network else "inherited")
+
     @property
     def occupied(self) -> int:
-        """Layers occupied by the replacement: none 0, layer 1, layer:k k."""
+        """Layers occupied by the replacement: none 0, layer:k k, anything else 1."""
         if self.replace == "none":
             return 0
-        return int(self.replace.partition(":")[2] or 1)
+        count = self.replace.partition(":")[2]
+        return int(count) if count.isdigit() else 1
 
 
 class Runtime(_Schema):
@@ -182,6 +217,8 @@ class Runtime(_Schema):
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"replace": "layer", "init": "inherited"},
     "paper-random": {"replace": "layer", "init": "random"},
+    "paper-ffn": {"replace": "ffn", "init": "random"},
+    "paper-swiglu": {"replace": "swiglu", "init": "random"},
     "paper-none": {"replace": "none"},
 }
 # method.md section 2: the authors' settings. Batch and steps stay ours, so that no preset is starved.

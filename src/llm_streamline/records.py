@@ -90,12 +90,16 @@ class Similarity(Record):
 
 
 class ModelShape(Record):
-    """The counts a plan is made of, in parameters (tied ones once)."""
+    """The counts a plan is made of, in parameters (tied ones once).
+
+    `network` is what one stand-in has where it is no layer of the model's own.
+    """
 
     name: str
     model_type: str
     total: int
     layers: list[int]
+    network: int | None = None
 
     @property
     def num_layers(self) -> int:
@@ -110,6 +114,7 @@ class LayerPlan(Record):
     num_layers: int
     window: Window
     replace: str
+    custom_code: bool = False  # whether the replacement is no layer that stock transformers knows
     occupied: int
     parameters_before: int
     parameters_after: int

@@ -1,24 +1,35 @@
-"""The networks that can stand in for a window.
+"""The networks that can stand in for a window: layers and MLPs of the model's own kind, and the paper's networks.
 
-Here: none, and k layers of the model's own class. They are run with the inputs that the model's own forward passed
-to the layers whose places they take, so that masks and positions are right in training as they are later.
+They are run with the inputs that the model's own forward passed to the layers whose places they take, so that masks
+and positions are right in training as they are later.
+
+    none            nothing                                                       0 layers occupied
+    layer, layer:k  one or k decoder layers of the model's own class              1 or k
+    mlp             the family's MLP with its norm and residual: a decoder layer
+                    whose attention output is zero and of which only the rest
+                    is trained                                                    1
+    ffn, swiglu     the paper's networks, without norm and residual; with
+                    ':residual' x + f(norm(x)); saved with code of their own      1
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
-from llm_streamline.families import layers_of
+from llm_streamline.errors import UserError
+from llm_streamline.families import family_of, inner_width, layers_of, never_identity
 from llm_streamline.forward import LayerCall
+from llm_streamline.networks import NETWORKS, NetworkLayer, start
 
 
 class ReplacementLayers(nn.ModuleList):
-    """k decoder layers in the place of a window's first k; none of them is the identity."""
+    """k stand-ins in the place of a window's first k layers; none of them is the identity."""
 
     def run(self, hidden: Tensor, calls: Sequence[LayerCall]) -> Tensor:
         """Hidden states (B, T, D) leaving the replacement; `calls` are the window's, of which the first k are used."""
@@ -27,18 +38,88 @@ class ReplacementLayers(nn.ModuleList):
         return hidden
 
     def count(self) -> int:
+        """How many parameters there are."""
         return sum(parameter.numel() for parameter in self.parameters())
 
+    def trained(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
-def build_replacement(model: PreTrainedModel, places: Sequence[int], init: str, seed: int) -> ReplacementLayers:
-    """Float32 layers for the given places of `model`: copies of its layers there, or the same with random weights.
 
-    Args: places: the source layers whose places are taken. init: 'inherited' or 'random'. Dropout stays off.
+def build_replacement(
+    model: PreTrainedModel, places: Sequence[int], init: str, seed: int, replace: str = "layer"
+) -> ReplacementLayers:
+    """Float32 stand-ins for the given places of `model`, on the CPU, ready to be trained. Dropout stays off.
+
+    Args: places: the source layers whose places are taken. init: 'inherited' (from the layers there) or 'random'.
+    Errors: UserError where the family's layers cannot give what is asked.
     """
-    layers = ReplacementLayers(copy.deepcopy(layers_of(model)[place]) for place in places).float()
-    if init == "random":
-        _randomize(layers, model, seed)
-    return layers.eval().requires_grad_(True)
+    if network_spec(replace, model.config):
+        layers = _networks(model, places, init, seed, replace)
+    else:
+        layers = ReplacementLayers(copy.deepcopy(layers_of(model)[place]) for place in places).float()
+        if init == "random":
+            _randomize(layers, model, seed)
+    layers.eval().requires_grad_(True)
+    if replace == "mlp":
+        _silence_attention(layers, model.config)
+    return layers
+
+
+def network_spec(replace: str, config: PretrainedConfig) -> dict[str, Any] | None:
+    """What `networks.NetworkLayer` is made from; None for replacements of the model's own layers."""
+    kind, _, form = replace.partition(":")
+    if kind not in NETWORKS:
+        return None
+    width = config.hidden_size
+    inner = 4 * width if kind == "ffn" else inner_width(config)
+    return {"kind": kind, "residual": form == "residual", "width": width, "inner": inner}
+
+
+def _networks(model: PreTrainedModel, places: Sequence[int], init: str, seed: int, replace: str) -> ReplacementLayers:
+    spec = network_spec(replace, model.config)
+    assert spec is not None
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        layers = [NetworkLayer(spec) for _ in places]
+        for layer in layers:
+            start(layer)
+    if init == "inherited":
+        for layer, place in zip(layers, places, strict=True):
+            _inherit(layer, layers_of(model)[place], model.config, replace)
+    return ReplacementLayers(layers)
+
+
+def _inherit(layer: NetworkLayer, source: nn.Module, config: PretrainedConfig, replace: str) -> None:
+    """Take the source layer's MLP weights where it is the same network. Errors: UserError."""
+    network, activation = layer.network, {"ffn": "relu", "swiglu": "silu"}[replace.partition(":")[0]]
+    names = {key: value.shape for key, value in network.state_dict().items()}
+    own = getattr(config, "hidden_act", None) or getattr(config, "activation_function", None)
+    for module in (source, getattr(source, "mlp", None)):
+        weights = module.state_dict() if module is not None else {}
+        if own == activation and all(key in weights and weights[key].shape == names[key] for key in names):
+            network.load_state_dict({key: weights[key].float() for key in names})
+            return
+    raise UserError(
+        f"--replace {replace} cannot inherit: the model's own MLP is another network (another form, width or "
+        "activation); use --init random, or --replace mlp."
+    )
+
+
+def _silence_attention(layers: nn.ModuleList, config: PretrainedConfig) -> None:
+    """Zero what attention adds, for good, and train only the parts that still act. Errors: UserError."""
+    if never_identity(config):
+        raise UserError(
+            "--replace mlp needs layers that add to the state they are given; this model normalises the sum, so that "
+            "a layer without attention can never be the identity: use --replace layer."
+        )
+    family = family_of(config)
+    layers.requires_grad_(False)
+    for layer in layers:
+        for parameter in layer.get_submodule(family.attention_output).parameters():
+            parameter.data.zero_()
+        for name in family.mlp:
+            for module in [module for path, module in layer.named_modules() if path == name]:
+                module.requires_grad_(True)
 
 
 def _randomize(layers: nn.Module, model: PreTrainedModel, seed: int) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from llm_streamline import checkpoint, report
+from llm_streamline import report
 from llm_streamline.analyze import analyze
 from llm_streamline.assemble import Parts as ModelParts
 from llm_streamline.assemble import assemble
@@ -22,7 +22,7 @@ from llm_streamline.oracle import MANIFEST, versions
 from llm_streamline.progress import say
 from llm_streamline.recipe import Recipe, Runtime
 from llm_streamline.records import Fit, Inputs, LayerPlan, Manifest, Result, Scores, Similarity, Verification
-from llm_streamline.replacement import ReplacementLayers, build_replacement
+from llm_streamline.replacement import ReplacementLayers
 from llm_streamline.text import shuffled
 from llm_streamline.train import Settings, Track, Trainer, rates
 from llm_streamline.workspace import RunFolder, Workspace, own_contents
@@ -98,10 +98,16 @@ def check_tracker(name: str | None) -> None:
 
 
 def describe(plan: LayerPlan) -> str:
-    return (
-        f"{plan}: {plan.why}\nparameters {plan.parameters_before:,} -> {plan.parameters_after:,} "
-        f"({1 - plan.parameters_after / plan.parameters_before:.1%} fewer)"
-    )
+    fewer = 1 - plan.parameters_after / plan.parameters_before
+    lines = [
+        f"{plan}: {plan.why}",
+        f"parameters {plan.parameters_before:,} -> {plan.parameters_after:,} ({fewer:.1%} fewer)",
+    ]
+    if plan.replace == "mlp":
+        lines.append("the mlp's attention is silent but stays: on disk, in compute and in the KV cache it is a layer")
+    if plan.custom_code:
+        lines.append("the model will carry code of its own and load only with trust_remote_code=True")
+    return "\n".join(lines)
 
 
 def measure(work: Workspace) -> Similarity:
@@ -124,7 +130,7 @@ def train_replacement(work: Workspace, plan: LayerPlan, folder: RunFolder) -> Fi
     if folder.has("replacement"):
         return Fit.read(folder.file("replacement/fit.json"))
     recipe, training = work.recipe, shuffled(work.parts.training, work.recipe.seed)
-    replacement = build_replacement(work.model, plan.replaced(), recipe.init, recipe.seed).to(work.device)
+    replacement = work.replacement(work.model, plan.replaced()).to(work.device)
     settings = Settings.resolve(recipe, training, work.config.hidden_size, work.memory, work.bfloat16)
     steps = -(-len(training) // (settings.batch * settings.accumulate))
     say(
@@ -192,7 +198,7 @@ def assemble_model(
 
 
 def load_replacement(work: Workspace, plan: LayerPlan, folder: RunFolder) -> ReplacementLayers:
-    replacement = build_replacement(work.model, plan.replaced(), "inherited", work.recipe.seed).cpu()
+    replacement = work.replacement(work.model, plan.replaced()).cpu()
     replacement.load_state_dict(load_file(folder.file("replacement/replacement.safetensors")))
     return replacement.requires_grad_(False)
 
@@ -203,7 +209,7 @@ def score(work: Workspace, plan: LayerPlan, folder: RunFolder) -> Scores:
     dense = next_token_loss(work.model, blocks, batch, "the dense model", quiet)
     with substituted(work.model, plan.plain_window):
         cut = next_token_loss(work.model, blocks, batch, "the merely cut model", quiet)
-    saved_model = work.load(checkpoint.Source(str(folder.path / "model")))
+    saved_model = work.load_saved(folder.path / "model", plan.custom_code)
     saved = next_token_loss(saved_model, blocks, batch, "the saved model", quiet)
     scores = Scores(dense=dense, cut=cut, saved=saved)
     manifest = folder.path / "model" / MANIFEST

@@ -137,7 +137,7 @@ class Trainer:
             loss = self.loss(ids) * (len(ids) / len(blocks))  # so that a short last micro-batch weighs what it holds
             loss.backward()
             total += loss.detach()
-        nn.utils.clip_grad_norm_(self.replacement.parameters(), self.settings.clip)
+        nn.utils.clip_grad_norm_(self.replacement.trained(), self.settings.clip)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
@@ -146,7 +146,7 @@ class Trainer:
 
     def optimizer(self) -> torch.optim.Optimizer:
         decay = self.settings.weight_decay
-        return torch.optim.AdamW(self.replacement.parameters(), lr=self.settings.lr, weight_decay=decay, fused=True)
+        return torch.optim.AdamW(self.replacement.trained(), lr=self.settings.lr, weight_decay=decay, fused=True)
 
     def fit(self, training: Tensor, validation: Tensor) -> Fit:
         """Train on (N, T) token ids in the order given and leave the best weights in the replacement."""
@@ -234,7 +234,7 @@ class _History:
             validation_before=self.checks[0].loss,
             validation_best=self.best.loss,
             best_step=self.best.step,
-            trained_parameters=self.trainer.replacement.count(),
+            trained_parameters=sum(parameter.numel() for parameter in self.trainer.replacement.trained()),
             seconds=seconds,
             tokens_per_second=self.tokens / max(seconds, 1e-9),
             device=str(model.device),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
@@ -18,6 +18,7 @@ from llm_streamline.families import parameter_counts
 from llm_streamline.files import TEMPORARY, write_text
 from llm_streamline.recipe import Recipe, Runtime, changed_keys, read_yaml, to_yaml
 from llm_streamline.records import Inputs, ModelShape, Record
+from llm_streamline.replacement import ReplacementLayers, build_replacement
 from llm_streamline.text import Parts, read_parts
 
 RECIPE = "recipe.yaml"
@@ -91,11 +92,18 @@ class Workspace:
 
     @cached_property
     def shape(self) -> ModelShape:
-        """Exact parameter counts, from a model without weights."""
+        """Exact parameter counts, from a model without weights. Errors: UserError for an impossible replacement."""
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(self.config)
+            stand_in = self.replacement(model, [0])
         total, layers = parameter_counts(model)
-        return ModelShape(name=self.recipe.model, model_type=self.config.model_type, total=total, layers=layers)
+        network = stand_in.count() if self.recipe.network else None
+        kind = self.config.model_type
+        return ModelShape(name=self.recipe.model, model_type=kind, total=total, layers=layers, network=network)
+
+    def replacement(self, model: PreTrainedModel, places: Sequence[int]) -> ReplacementLayers:
+        """What the recipe puts into those places, untrained. Errors: UserError where the family cannot give it."""
+        return build_replacement(model, places, self.recipe.start, self.recipe.seed, self.recipe.replace)
 
     @cached_property
     def device(self) -> str:
@@ -137,7 +145,16 @@ class Workspace:
             raise UserError(f"--dtype {self.recipe.dtype} cannot hold the model's weights; use bfloat16 or float32.")
 
     def load(self, source: checkpoint.Source) -> PreTrainedModel:
-        return checkpoint.load_model(source, torch.bfloat16 if self.bfloat16 else torch.float32, self.device)
+        return checkpoint.load_model(source, self.compute_dtype, self.device)
+
+    def load_saved(self, folder: Path, custom_code: bool) -> PreTrainedModel:
+        """A model that this run has written and verified, in the number format to compute in."""
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=self.compute_dtype, trust_remote_code=custom_code)
+        return model.to(self.device).eval().requires_grad_(False)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.bfloat16 else torch.float32
 
     def model_as_saved(self) -> PreTrainedModel:
         """The source on the CPU in float32, rounded to what the saved number format holds."""
