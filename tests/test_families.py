@@ -93,7 +93,7 @@ def check_logits(model, loaded, window: Window, ids: torch.Tensor) -> None:
 
 
 def check_generation(loaded, ids: torch.Tensor) -> None:
-    settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    settings = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "attention_mask": torch.ones_like(ids)}
     cached, uncached = (loaded.generate(ids, use_cache=cache, **settings) for cache in (True, False))
     assert torch.equal(cached, uncached), "the cache changes what is generated"
 
