@@ -73,13 +73,20 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "qwen2": _like_llama("qwen2", **_QWEN_WINDOW),
     "qwen2-tied": _like_llama("qwen2", tie_word_embeddings=True),
     "qwen3": _like_llama(
-        "qwen3", head_dim=8, attention_bias=True, layer_types=_ALTERNATING, use_sliding_window=True, sliding_window=_WINDOW
+        "qwen3",
+        head_dim=8,
+        attention_bias=True,
+        layer_types=_ALTERNATING,
+        use_sliding_window=True,
+        sliding_window=_WINDOW,
     ),
     "qwen3-tied": _like_llama("qwen3", head_dim=16, tie_word_embeddings=True, **_QWEN_WINDOW),
     "gemma2": _gemma("gemma2", attention_bias=True),
     "gemma2-period": _gemma("gemma2", layer_types=None, tie_word_embeddings=False),
     "gemma3_text": _gemma("gemma3_text", rope_parameters=_ROPE_PER_KIND),
-    "gemma3_text-period": _gemma("gemma3_text", layer_types=None, sliding_window_pattern=3, rope_parameters=_ROPE_PER_KIND),
+    "gemma3_text-period": _gemma(
+        "gemma3_text", layer_types=None, sliding_window_pattern=3, rope_parameters=_ROPE_PER_KIND
+    ),
     "phi3": _like_llama("phi3", sliding_window=_WINDOW, resid_pdrop=0.1),
     "phi3-tied": _like_llama("phi3", tie_word_embeddings=True),
     "phi": _like_llama("phi", resid_pdrop=0.1),
@@ -99,7 +106,9 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "bloom-post-norm": _config("bloom", apply_residual_connection_post_layernorm=True, tie_word_embeddings=False),
     "falcon": _config("falcon", ffn_hidden_size=64, bias=True),
     "falcon-alibi": _config("falcon", ffn_hidden_size=64, alibi=True, multi_query=False),
-    "falcon-sequential": _config("falcon", ffn_hidden_size=64, parallel_attn=False, bias=True, tie_word_embeddings=False),
+    "falcon-sequential": _config(
+        "falcon", ffn_hidden_size=64, parallel_attn=False, bias=True, tie_word_embeddings=False
+    ),
     "falcon-new": _config("falcon", ffn_hidden_size=64, **_NEW_FALCON),
     "falcon-new-one-norm": _config("falcon", ffn_hidden_size=64, **_NEW_FALCON, num_ln_in_parallel_attn=1, bias=True),
     "olmo2": _like_llama("olmo2", attention_bias=True),

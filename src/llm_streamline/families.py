@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from llm_streamline.errors import UserError
 
@@ -232,3 +233,17 @@ def sliding_window(config: PretrainedConfig) -> int | None:
         return None
     windows = [getattr(config, key, None) for key in ("sliding_window", "window_size")]
     return min((window for window in windows if window), default=None)
+
+
+def known_families() -> list[dict[str, str]]:
+    """Every causal LM that the installed transformers knows: model_type, status (proven or refused) and the reason."""
+    proven = [{"model_type": kind, "status": "proven", "reason": _proof(row)} for kind, row in FAMILIES.items()]
+    others = sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - set(FAMILIES))
+    return proven + [
+        {"model_type": kind, "status": "refused", "reason": REASONS.get(kind, NOT_PROVEN)} for kind in others
+    ]
+
+
+def _proof(family: Family) -> str:
+    refused = "; ".join(f"not with {option}, as {why}" for option, why in family.refused)
+    return "passes the checklist" + (f"; {refused}" if refused else "")
