@@ -10,6 +10,7 @@ from llm_streamline.analyze import analyze
 from llm_streamline.checkpoint import Source, load_model
 from llm_streamline.errors import UserError
 from llm_streamline.families import layers_of
+from llm_streamline.forward import hidden_of
 from llm_streamline.records import Window
 from tests import tiny
 
@@ -19,7 +20,7 @@ def states_by_hooks(model, ids) -> list[torch.Tensor]:
     states: list[torch.Tensor] = []
     layers = layers_of(model)
     handles = [layers[0].register_forward_pre_hook(lambda _, args: states.append(args[0]))]
-    handles += [layer.register_forward_hook(lambda _, __, output: states.append(output)) for layer in layers]
+    handles += [layer.register_forward_hook(lambda _, __, output: states.append(hidden_of(output))) for layer in layers]
     with torch.no_grad():
         model(ids)
     for handle in handles:

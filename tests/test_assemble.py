@@ -98,10 +98,23 @@ def test_tied_weights_are_stored_once_in_the_asked_format(name, dtype, tmp_path,
     write(parts, tmp_path / "model", dtype)
     tensors = load_file(tmp_path / "model" / "model.safetensors")
     tied = parts.source.config.tie_word_embeddings
-    assert any("lm_head" in key for key in tensors) != tied
+    assert sum(tensor.dim() == 2 and len(tensor) == tiny.VOCABULARY for tensor in tensors.values()) == 2 - tied
     assert sum(tensor.numel() for tensor in tensors.values()) == parts.plan.parameters_after
     assert {tensor.dtype for tensor in tensors.values()} == {dtype}
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "model").dtype == dtype
+
+
+def test_one_fresh_process_finds_several_families_right(tmp_path, in_this_process):
+    names = ["gemma3_text", "gpt_neo", "falcon-alibi", "qwen3_moe-period"]
+    for name in names:
+        write(make_parts(name), tmp_path / name)
+    script = (
+        "import pathlib, sys; from llm_streamline.oracle import check\n"
+        "for folder in sys.argv[1:]: print(check(pathlib.Path(folder)).problems)"
+    )
+    command = [sys.executable, "-c", script, *(str(tmp_path / name) for name in names)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["[]"] * len(names)
 
 
 @pytest.mark.parametrize("name", ["llama", "opt", "opt-post-norm"])

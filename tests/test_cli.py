@@ -9,11 +9,13 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import dynamic_module_utils
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from llm_streamline import assemble as assemble_module
 from llm_streamline import oracle
 from llm_streamline.cli import COMMANDS, main
-from llm_streamline.families import layers_of
+from llm_streamline.families import FAMILIES, layers_of
 from tests import tiny
 
 
@@ -134,6 +136,15 @@ def hybrid(folder):
     (folder / "config.json").write_text(json.dumps({"model_type": "bamba", "architectures": ["BambaForCausalLM"]}))
 
 
+def config_of(**keys):
+    """A configuration of another kind in the place of the model's."""
+
+    def replace(folder):
+        (folder / "config.json").write_text(json.dumps(keys))
+
+    return replace
+
+
 def remote_code(folder):
     change_config(model_type="mine", auto_map={"AutoConfig": "configuration_mine.MyConfig"})(folder)
     (folder / "configuration_mine.py").write_text("raise SystemExit('remote code ran')")
@@ -195,7 +206,11 @@ def not_finite(folder):
         (not_a_model, "holds no config.json"),
         (encoder, "holds BertForMaskedLM, which is no causal LM"),
         (encoder_decoder, "is an encoder-decoder"),
-        (hybrid, "'bamba' is not proven"),
+        (hybrid, "'bamba' is a state-space or hybrid model, and not proven"),
+        (config_of(model_type="bert", architectures=["BertLMHeadModel"]), "'bert' is an encoder, and not proven"),
+        (config_of(model_type="minimax"), "'minimax' is computed with the number of each layer"),
+        (config_of(model_type="gpt2", scale_attn_by_inverse_layer_idx=True), "scaled by the layer's number"),
+        (config_of(model_type="stablelm", num_hidden_layers=2), r"at model.layers: it can be added .*CONTRIBUTING.md"),
         (change_config(model_type="nosuchmodel"), "cannot be used"),
         (remote_code, "allow it with --trust-remote-code"),
         (pickled, "allow them with --allow-pickle"),
@@ -219,6 +234,28 @@ def test_models_that_cannot_be_used_get_one_sentence(cli, tmp_path_factory, tmp_
     damage(folder)
     refused(cli("compress", folder, "--data", text_file, "-o", "out", "--remove", "2"), words)
     assert not list(tmp_path.iterdir())
+
+
+def test_code_of_its_own_is_refused_even_when_it_is_trusted(cli, tmp_path_factory, tmp_path, text_file, monkeypatch):
+    folder = tiny.make_folder(tmp_path_factory.mktemp("remote") / "model", "llama")
+    remote_code(folder)
+    code = "from transformers import PretrainedConfig\nclass MyConfig(PretrainedConfig):\n    model_type = 'mine'\n"
+    (folder / "configuration_mine.py").write_text(code)
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
+    given = ("compress", folder, "--data", text_file, "-o", "out", "--remove", "2", "--trust-remote-code")
+    refused(cli(*given), "'mine' runs its own code, which is not proven")
+    assert not list(tmp_path.iterdir())
+
+
+def test_families_lists_the_proven_first_and_a_reason_for_each(cli):
+    code, out, _ = cli("families", "--json")
+    rows = json.loads(out)
+    assert code == 0 and {row["model_type"] for row in rows} >= set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    assert [row["model_type"] for row in rows if row["status"] == "proven"] == list(FAMILIES)
+    assert [row["status"] for row in rows] == sorted(row["status"] for row in rows)
+    assert all(row["reason"] for row in rows)
+    code, table, _ = cli("families")
+    assert code == 0 and all(row["model_type"] in table for row in rows)
 
 
 @pytest.mark.parametrize(

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
+
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Qwen2Config, T5Config
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config, T5Config
 
+from llm_streamline import assemble, oracle
 from llm_streamline.assemble import Parts, build
-from llm_streamline.errors import UserError
-from llm_streamline.families import FAMILIES, family_of, layers_of, parameter_counts, sliced_config
-from llm_streamline.forward import substituted
+from llm_streamline.errors import StreamlineError, UserError
+from llm_streamline.families import (
+    FAMILIES,
+    family_of,
+    find_stack,
+    layers_of,
+    parameter_counts,
+    sliced_config,
+    sliding_window,
+)
+from llm_streamline.forward import run_window, substituted
 from llm_streamline.records import LayerPlan, ModelShape, Window
 from llm_streamline.replacement import ReplacementLayers, build_replacement
 from tests import tiny
@@ -40,15 +52,66 @@ def plan_for(model, window: Window, occupied: int = 0) -> LayerPlan:
 
 def skipped_by_list(model, window: Window, ids: torch.Tensor) -> torch.Tensor:
     """A second oracle, which shares nothing with hooks: the layers taken out of the source's own list."""
-    parent = model.get_submodule(FAMILIES[model.config.model_type].layers.rpartition(".")[0])
-    whole, count = parent.layers, model.config.num_hidden_layers
-    parent.layers = torch.nn.ModuleList(layer for i, layer in enumerate(whole) if i not in window.layers())
-    model.config.num_hidden_layers = len(parent.layers)
+    path, _, name = FAMILIES[model.config.model_type].layers.rpartition(".")
+    parent, config = model.get_submodule(path), model.config
+    whole, kinds = getattr(parent, name), getattr(config, "layer_types", None)
+    keep = [i for i in range(len(whole)) if i not in window.layers()]
+    setattr(parent, name, torch.nn.ModuleList(whole[i] for i in keep))
+    config.num_hidden_layers = len(keep)
+    if kinds:  # read at every forward, by place; everything else was read when the layers were made
+        config.layer_types = [kinds[i] for i in keep]
     try:
         with torch.no_grad():
             return model(ids, use_cache=False).logits
     finally:
-        parent.layers, model.config.num_hidden_layers = whole, count
+        setattr(parent, name, whole)
+        config.num_hidden_layers = len(whole)
+        if kinds:
+            config.layer_types = kinds
+
+
+def cut_and_loaded(model, window: Window, folder: Path) -> PreTrainedModel:
+    """The model without the window, as stock transformers loads it; refuses weights that are not all used."""
+    built, _ = build(Parts(model, plan_for(model, window), ReplacementLayers(), None), torch.float32)
+    built.save_pretrained(folder)
+    loaded, loading = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(loading.values()), loading
+    return loaded.eval()
+
+
+def check_logits(model, loaded, window: Window, ids: torch.Tensor) -> None:
+    with substituted(model, window), torch.no_grad():
+        hooked = model(ids, use_cache=False).logits
+    with torch.no_grad():
+        cut = loaded(ids, use_cache=False).logits
+    largest = hooked.abs().max()
+    for expected in (hooked, skipped_by_list(model, window, ids)):
+        assert (cut - expected).abs().max() <= oracle.TOLERANCE * largest, "other logits"
+    with torch.no_grad():
+        dense = model(ids, use_cache=False).logits
+    assert (cut - dense).abs().max() > 1e-2 * largest, "a cut that changes nothing tests nothing"
+
+
+def check_generation(loaded, ids: torch.Tensor) -> None:
+    settings = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    cached, uncached = (loaded.generate(ids, use_cache=cache, **settings) for cache in (True, False))
+    assert torch.equal(cached, uncached), "the cache changes what is generated"
+
+
+def check_config(old, new, window: Window) -> None:
+    """Every list per layer, in whatever key: it has the new length and what belongs to the layers that stay."""
+    keep = [i for i in range(tiny.LAYERS) if i not in window.layers()]
+    assert new.num_hidden_layers == len(keep)
+    for key, value in old.to_dict().items():
+        if isinstance(value, list) and len(value) == tiny.LAYERS:
+            assert getattr(new, key) == [value[i] for i in keep], key
+    if hasattr(old, "decoder_sparse_step"):
+        assert [is_sparse(new, i) for i in range(len(keep))] == [is_sparse(old, i) for i in keep]
+
+
+def is_sparse(config, layer: int) -> bool:
+    """The rule as the model's documentation has it."""
+    return layer not in config.mlp_only_layers and (layer + 1) % config.decoder_sparse_step == 0
 
 
 def test_every_family_has_a_tiny_configuration():
@@ -58,31 +121,125 @@ def test_every_family_has_a_tiny_configuration():
 @pytest.mark.parametrize("name", tiny.CONFIGS)
 def test_cut_is_the_source_with_the_layers_skipped(name, tmp_path):
     model, ids = tiny.make_model(name), tiny.random_ids(2, 40)
-    dense = model(ids).logits
+    assert (sliding_window(model.config) or 0) + 6 < 20, "prompts outrun the window"
     for window in WINDOWS:
-        with substituted(model, window), torch.no_grad():
-            hooked = model(ids, use_cache=False).logits
-        parts = Parts(model, plan_for(model, window), ReplacementLayers(), None)
-        built, _ = build(parts, torch.float32)
-        built.save_pretrained(tmp_path / str(window.start) / str(window.stop))
-        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / str(window.start) / str(window.stop)).eval()
-        with torch.no_grad():
-            cut = loaded(ids, use_cache=False).logits
-        torch.testing.assert_close(cut, hooked, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(cut, skipped_by_list(model, window, ids), rtol=1e-5, atol=1e-5)
-        assert (cut - dense).abs().max() > 1e-2, "a cut that changes nothing tests nothing"
+        loaded = cut_and_loaded(model, window, tmp_path)
+        check_config(model.config, loaded.config, window)
+        check_logits(model, loaded, window, ids)
+        check_generation(loaded, ids[:, :20])
+
+
+def only_the_count(config, sources):
+    new = copy.deepcopy(config)
+    new.num_hidden_layers = len(sources)
+    return new
+
+
+def lists_cut_short(config, sources):
+    """What passes transformers' own validation: as many entries as layers, but not those of the layers that stay."""
+    new = only_the_count(config, sources)
+    for key in ("layer_types", "no_rope_layers", "attention_layers"):
+        if getattr(new, key, None):
+            setattr(new, key, getattr(new, key)[: len(sources)])
+    if hasattr(new, "attention_layers"):
+        new.attention_types = [[[kind], 1] for kind in new.attention_layers]
+    return new
+
+
+@pytest.mark.parametrize(
+    ("name", "mistake", "way"),
+    [
+        ("qwen2", only_the_count, "refused by transformers"),
+        ("qwen3", only_the_count, "refused by transformers"),
+        ("gemma2", only_the_count, "refused by transformers"),
+        ("gemma3_text", only_the_count, "refused by transformers"),
+        ("cohere2", only_the_count, "refused by transformers"),
+        ("smollm3", only_the_count, "refused by transformers"),
+        ("gpt_neo", only_the_count, "refused by transformers"),
+        ("qwen3_moe", only_the_count, "tensors"),
+        ("qwen3_moe-period", only_the_count, "tensors"),
+        ("qwen2", lists_cut_short, "logits"),
+        ("qwen3", lists_cut_short, "logits"),
+        ("gemma2", lists_cut_short, "logits"),
+        ("gemma3_text", lists_cut_short, "logits"),
+        ("cohere2", lists_cut_short, "logits"),
+        ("smollm3", lists_cut_short, "logits"),
+        ("smollm3-period", lists_cut_short, "logits"),
+        ("gpt_neo", lists_cut_short, "logits"),
+    ],
+)
+def test_without_slicing_the_checklist_fails(name, mistake, way, tmp_path, monkeypatch):
+    monkeypatch.setattr(assemble, "sliced_config", mistake)
+    model, window, ids = tiny.make_model(name), Window(start=1, stop=2), tiny.random_ids(2, 40)
+    try:
+        check_logits(model, cut_and_loaded(model, window, tmp_path), window, ids)
+        found = "none"
+    except AssertionError as error:
+        found = "logits" if "other logits" in str(error) else "tensors"
+    except StreamlineError as error:
+        assert "tensors are not accounted for" in str(error)
+        found = "tensors"
+    except Exception as error:  # strict configurations have their own kind of errors
+        assert type(error).__module__.startswith(("huggingface_hub", "builtins")), error
+        found = "refused by transformers"
+    assert found == way
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "qwen3_moe-period"])
+def test_layers_cut_out_of_a_list_and_saved_load_silently_wrong(name, tmp_path):
+    model, window, ids = tiny.make_model(name), Window(start=1, stop=2), tiny.random_ids(2, 40)
+    naive = copy.deepcopy(model)
+    del naive.model.layers[1]
+    naive.config.num_hidden_layers -= 1
+    naive.save_pretrained(tmp_path)
+    with pytest.raises(AssertionError, match="other logits"):
+        check_logits(model, AutoModelForCausalLM.from_pretrained(tmp_path).eval(), window, ids)
+
+
+def layers_with_calls(name: str):
+    """Each layer with what its model passed to it, and a hidden state to run it on."""
+    model, window = tiny.make_model(name), Window(start=0, stop=tiny.LAYERS)
+    passage = run_window(model, window, tiny.random_ids(2, 40))
+    family = FAMILIES[model.config.model_type]
+    return model.config, family, list(zip(layers_of(model), passage.calls, strict=True)), passage.entering.detach()
+
+
+def reach(layer, call, hidden: torch.Tensor, token: int = 0) -> list[int]:
+    """The tokens whose output changes when that token's hidden state does."""
+    changed = hidden.clone()
+    changed[:, token] = 2 * changed[:, token].flip(-1)  # a constant added would be lost in a norm that centres
+    with torch.no_grad():
+        difference = (call.replay(layer, changed) - call.replay(layer, hidden)).abs().amax(dim=(0, 2))
+    return torch.nonzero(difference > 1e-6).flatten().tolist()
 
 
 @pytest.mark.parametrize("name", tiny.CONFIGS)
-def test_cached_generation_equals_uncached(name, tmp_path):
-    model = tiny.make_model(name)
-    built, _ = build(Parts(model, plan_for(model, Window(start=1, stop=3)), ReplacementLayers(), None), torch.float32)
-    built.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    ids = tiny.random_ids(2, 20)
-    settings = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "attention_mask": torch.ones_like(ids)}
-    cached = loaded.generate(ids, use_cache=True, **settings)
-    assert torch.equal(cached, loaded.generate(ids, use_cache=False, **settings))
+def test_the_sliding_window_is_as_wide_as_the_narrowest_layer_sees(name):
+    config, _, layers, hidden = layers_with_calls(name)
+    widths = [max(reach(layer, call, hidden)) + 1 for layer, call in layers]
+    assert min(widths) == (sliding_window(config) or hidden.shape[1])
+
+
+@pytest.mark.parametrize("name", tiny.CONFIGS)
+def test_with_the_attention_output_zeroed_only_the_mlp_acts(name):
+    _, family, layers, hidden = layers_with_calls(name)
+    for layer, call in layers:
+        assert len(reach(layer, call, hidden, 3)) > 1
+        silence = layer.get_submodule(family.attention_output)
+        for parameter in silence.parameters():
+            torch.nn.init.zeros_(parameter)
+        assert reach(layer, call, hidden, 3) == [3]
+        call.replay(layer, hidden).square().sum().backward()
+        moved = {key for key, value in layer.named_parameters() if value.grad is not None and value.grad.any()}
+        moved = {key for key in moved if not key.startswith(family.attention_output)}
+        assert moved and all(key.startswith(tuple(f"{part}." for part in family.mlp)) for key in moved), moved
+
+
+@pytest.mark.parametrize("name", tiny.CONFIGS)
+def test_the_finder_agrees_with_the_row(name):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(tiny.CONFIGS[name])
+    assert find_stack(model) == FAMILIES[model.config.model_type].layers
 
 
 @pytest.mark.parametrize("name", tiny.CONFIGS)
@@ -134,10 +291,27 @@ def test_config_keys_that_depend_on_layer_numbers_are_sliced():
     ("config", "reason"),
     [
         (T5Config(), "encoder-decoder"),
-        (Qwen2Config(), "not proven"),
+        (AutoConfig.for_model("bert", architectures=["BertLMHeadModel"]), "'bert' is an encoder, and not proven"),
+        (AutoConfig.for_model("mamba"), "state-space"),
+        (AutoConfig.for_model("diffllama"), "computed with the number of each layer"),
+        (AutoConfig.for_model("gemma3n_text"), "share keys and values"),
+        (AutoConfig.for_model("gptj", n_layer=2, n_embd=64, n_head=4, rotary_dim=8), r"not proven .*transformer.h: it"),
+        (AutoConfig.for_model("codegen", n_head=5), r"not proven to survive the removal of layers; proven are"),
+        (AutoConfig.for_model("gpt2", scale_attn_by_inverse_layer_idx=True), "scaled by the layer's number"),
+        (AutoConfig.for_model("gpt2", add_cross_attention=True), "an encoder; give"),
+        (AutoConfig.for_model("gemma2", use_bidirectional_attention=True), "see later ones"),
+        (tiny._llama(per_layer_config={1: {"intermediate_size": 48}}), "settings of their own"),
         (tiny._llama(architectures=["LlamaForSequenceClassification"]), "no causal LM"),
     ],
 )
 def test_what_is_not_proven_is_refused_with_the_reason(config, reason):
     with pytest.raises(UserError, match=reason):
         family_of(config)
+
+
+def test_a_model_with_its_own_code_is_refused():
+    class MyConfig(LlamaConfig):
+        pass
+
+    with pytest.raises(UserError, match="runs its own code"):
+        family_of(MyConfig())

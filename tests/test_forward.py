@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from llm_streamline.families import layers_of
-from llm_streamline.forward import run_window, substituted
+from llm_streamline.forward import hidden_of, run_window, substituted
 from llm_streamline.records import Window
 from tests import tiny
 from tests.test_train import WINDOW, trainer
@@ -47,7 +47,7 @@ def test_a_window_is_run_between_its_boundaries_and_nothing_above(name, window):
 
     def record(layer, _, output):
         ran.append(list(layers).index(layer))
-        states.append(output)
+        states.append(hidden_of(output))
 
     for layer in layers:
         layer.register_forward_hook(record)

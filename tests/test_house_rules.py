@@ -95,8 +95,9 @@ def test_the_bundled_files_are_small():
     assert all(path.stat().st_size < 8e6 for path in SOURCE.rglob("*") if path.is_file())
 
 
-def test_the_page_of_commands_is_fresh():
-    script = ROOT / "docs" / "make_cli.py"
+@pytest.mark.parametrize("page", ["cli", "families"])
+def test_the_generated_pages_are_fresh(page):
+    script = ROOT / "docs" / f"make_{page}.py"
     code = f"import runpy; m = runpy.run_path({str(script)!r}); print(m['page'](), end='')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == (ROOT / "docs" / "cli.md").read_text(encoding="utf-8"), "run python docs/make_cli.py"
+    assert done.stdout == (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8"), f"run python {script}"

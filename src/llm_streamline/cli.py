@@ -173,10 +173,26 @@ def demo(
     _print(json_output, print_json, [*_summary(result), line])
 
 
-def _print(as_json: bool, record: Record | dict[str, Any], lines: list[Any]) -> None:
+def families(
+    json_output: Annotated[bool, typer.Option("--json", help="Print the list as JSON on stdout.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the trace of an error.")] = False,
+) -> None:
+    """List the model types that are proven, and why the others are refused."""
+    from rich.table import Table
+
+    from llm_streamline.families import known_families
+
+    found = known_families()
+    table = Table("model_type", "status", "what was proven, or why not")
+    for row in found:
+        table.add_row(*row.values())
+    _print(json_output, found, [table])
+
+
+def _print(as_json: bool, record: Record | dict[str, Any] | list[dict[str, str]], lines: list[Any]) -> None:
     """Results on stdout: as JSON where asked for, else as tables and lines for people."""
     if as_json:
-        print(json.dumps(record, indent=1) if isinstance(record, dict) else record.model_dump_json(indent=1))
+        print(json.dumps(record, indent=1) if isinstance(record, (dict, list)) else record.model_dump_json(indent=1))
         return
     from rich.console import Console
 
@@ -218,6 +234,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], str, set[str] | None]] = {
         _ONLY_COMPRESS,
     ),
     "verify": (verify, _examples("llm-streamline verify shorter", "llm-streamline verify shorter/model --json"), None),
+    "families": (families, _examples("llm-streamline families", "llm-streamline families --json"), None),
     "demo": (demo, _examples("llm-streamline demo -o demo-run"), None),
 }
 

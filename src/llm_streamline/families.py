@@ -7,14 +7,18 @@ Adding a family is one row here and one tiny configuration in `tests/tiny.py`; t
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from llm_streamline.errors import UserError
+
+Changes = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -23,32 +27,96 @@ class Family:
 
     model_type: str
     layers: str  # path of the list of decoder layers inside the causal LM
-    attention_output: str  # within a layer: the projection whose zero silences attention
-    mlp: tuple[str, ...]  # within a layer: what still acts then, the MLP and the norms around it
+    attention_output: str  # within a layer: the projection whose zero weight and bias silence attention
+    mlp: tuple[str, ...]  # within a layer: what can still act then; names that an option leaves out are ignored
+    refused: tuple[tuple[str, str], ...] = ()  # options that must be off, and why
+    changes: Callable[[Changes], Changes] | None = None  # from the sliced config keys to more of them
 
+
+def _attention_types(sliced: Changes) -> Changes:
+    """The compact spelling, from which the list per layer is made anew whenever a config is loaded."""
+    return {"attention_types": [[[kind], 1] for kind in sliced["attention_layers"]]}
+
+
+_PLAIN = ("model.layers", "self_attn.o_proj", ("post_attention_layernorm", "mlp"))
+_SANDWICH = ("model.layers", "self_attn.o_proj", ("pre_feedforward_layernorm", "mlp", "post_feedforward_layernorm"))
+_BOTH_WAYS = (("use_bidirectional_attention", "its tokens see later ones"),)
+_GPT2_OPTIONS = (
+    ("scale_attn_by_inverse_layer_idx", "its attention is scaled by the layer's number"),
+    ("add_cross_attention", "it attends to the output of an encoder"),
+)
 
 FAMILIES = {
     family.model_type: family
     for family in (
-        Family("llama", "model.layers", "self_attn.o_proj", ("post_attention_layernorm", "mlp")),
-        Family("opt", "model.decoder.layers", "self_attn.out_proj", ("final_layer_norm", "fc1", "fc2")),
+        # norms that act only with some option (parallel or not, before or after) are named all the same
+        Family("llama", *_PLAIN),
+        Family("mistral", *_PLAIN),
+        Family("qwen2", *_PLAIN),
+        Family("qwen3", *_PLAIN),
+        Family("gemma2", *_SANDWICH, refused=_BOTH_WAYS),
+        Family("gemma3_text", *_SANDWICH, refused=_BOTH_WAYS),
+        Family("phi3", *_PLAIN),
+        Family("phi", "model.layers", "self_attn.dense", ("input_layernorm", "mlp")),
+        Family(
+            "opt",
+            "model.decoder.layers",
+            "self_attn.out_proj",
+            ("self_attn_layer_norm", "fc1", "fc2", "final_layer_norm"),
+        ),
+        Family("gpt2", "transformer.h", "attn.c_proj", ("ln_2", "mlp"), refused=_GPT2_OPTIONS),
+        Family("gpt_neox", "gpt_neox.layers", "attention.dense", ("post_attention_layernorm", "mlp")),
+        Family("gpt_neo", "transformer.h", "attn.attention.out_proj", ("ln_2", "mlp"), changes=_attention_types),
+        Family(
+            "bloom",
+            "transformer.h",
+            "self_attention.dense",
+            ("input_layernorm", "post_attention_layernorm", "mlp"),
+        ),
+        Family(
+            "falcon",
+            "transformer.h",
+            "self_attention.dense",
+            ("input_layernorm", "ln_mlp", "post_attention_layernorm", "mlp"),
+        ),
+        Family("olmo2", "model.layers", "self_attn.o_proj", ("mlp", "post_feedforward_layernorm")),
+        Family("granite", *_PLAIN),
+        Family("starcoder2", *_PLAIN),
+        Family("smollm3", *_PLAIN),
+        Family("cohere2", "model.layers", "self_attn.o_proj", ("input_layernorm", "mlp")),
+        Family("mixtral", *_PLAIN),
+        Family("qwen3_moe", *_PLAIN),
     )
 }
 
+# Kinds that are known not to fit, for a better reason than "not proven". Where none is given, that is the reason.
+_UNFIT = {
+    "an encoder-decoder": "bart bigbird_pegasus blenderbot blenderbot-small marian mbart musicgen musicgen_melody "
+    "mvp pegasus plbart prophetnet trocr whisper",
+    "an encoder": "bert bert-generation big_bird camembert data2vec-text electra ernie megatron-bert reformer rembert "
+    "roberta roberta-prelayernorm roc_bert roformer xlm xlm-roberta xlm-roberta-xl xlnet xmod",
+    "a state-space or hybrid model": "bailing_hybrid bamba falcon_h1 falcon_mamba "
+    "granitemoehybrid jamba kimi_linear lfm2 lfm2_moe lfm3 mamba mamba2 nemotron_h olmo_hybrid qwen3_5 qwen3_5_moe "
+    "qwen3_5_moe_text qwen3_5_text qwen3_next recurrent_gemma rwkv xlstm zamba zamba2",
+    "computed with the number of each layer": "beam diffllama inkling2_text minimax",
+    "one whose layers share keys and values with earlier ones": "gemma3n gemma3n_text gemma4 gemma4_text",
+}
+REASONS = {name: reason for reason, names in _UNFIT.items() for name in names.split()}
+NOT_PROVEN = "not proven to survive the removal of layers"
+
 # Config keys that bite when layers go. Forgetting one fails silently: the model loads and computes something else.
-PER_LAYER_KEYS = ("layer_types", "no_rope_layers", "mlp_layer_types")  # one entry per layer
+# Periods that transformers spells out in a list per layer (sliding_window_pattern, no_rope_layer_interval) stay as
+# they are: the list wins.
+PER_LAYER_KEYS = ("layer_types", "no_rope_layers", "mlp_layer_types", "attention_layers")  # one entry per layer
 LAYER_NUMBER_KEYS = ("mlp_only_layers",)  # lists of layer numbers
-THRESHOLD_KEYS = (
-    "first_k_dense_replace",
-    "max_window_layers",
-)  # layers below the number differ from those above
+THRESHOLD_KEYS = ("first_k_dense_replace", "max_window_layers")  # layers below the number differ from those above
 # config keys and values with which layers normalise the sum they return: none of them can be the identity
 SUM_NORMALISED = {"do_layer_norm_before": False, "apply_residual_connection_post_layernorm": True}
 INNER_WIDTH_KEYS = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner")
 
 
 def family_of(config: PretrainedConfig) -> Family:
-    """The family's row. Errors: UserError for what is no causal LM or not proven."""
+    """The family's row. Errors: UserError for what is no causal LM, or not proven, with the reason."""
     kind = config.model_type
     if getattr(config, "is_encoder_decoder", False):
         raise UserError(f"model type {kind!r} is an encoder-decoder; give a decoder-only causal LM ({_known()}).")
@@ -57,13 +125,52 @@ def family_of(config: PretrainedConfig) -> Family:
         raise UserError(
             f"the checkpoint holds {names[0]}, which is no causal LM; give a decoder-only one ({_known()})."
         )
+    if not type(config).__module__.startswith("transformers."):
+        raise UserError(
+            f"model type {kind!r} runs its own code, which is {NOT_PROVEN}; give a model whose code is in transformers, "
+            "or this one without --trust-remote-code if transformers knows it."
+        )
     if kind not in FAMILIES:
-        raise UserError(f"model type {kind!r} is not proven to survive the removal of layers; proven are {_known()}.")
+        raise UserError(f"model type {kind!r} is {_why_not(config)}; proven are {_known()}.")
+    _refuse_options(FAMILIES[kind], config)
     return FAMILIES[kind]
+
+
+def _refuse_options(family: Family, config: PretrainedConfig) -> None:
+    own = ("is_heterogeneous", "single layers have settings of their own (per_layer_config)")
+    for option, why in (*family.refused, own):
+        if getattr(config, option, False):
+            raise UserError(
+                f"model type {config.model_type!r} with {option} is {NOT_PROVEN}, as {why}; give a model without it."
+            )
 
 
 def _known() -> str:
     return ", ".join(FAMILIES)
+
+
+def _why_not(config: PretrainedConfig) -> str:
+    """The reason; where there is none but that nobody tried, what would be needed to try."""
+    if config.model_type in REASONS:
+        return f"{REASONS[config.model_type]}, and {NOT_PROVEN}"
+    try:
+        with torch.device("meta"):
+            path = find_stack(AutoModelForCausalLM.from_config(config))
+    except Exception:  # a model that cannot be built has no layers to point at; the refusal stands all the same
+        path = None
+    found = f" (its layers seem to be at {path}: it can be added as a row, see CONTRIBUTING.md)" if path else ""
+    return NOT_PROVEN + found
+
+
+def find_stack(model: PreTrainedModel) -> str | None:
+    """Path of what looks like the decoder layers: of the lists as long as the config says, the heaviest."""
+    length = getattr(model.config, "num_hidden_layers", None)
+    stacks = {
+        path: sum(parameter.numel() for parameter in module.parameters())
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == length
+    }
+    return max(stacks, key=lambda path: stacks[path]) if stacks else None
 
 
 def layers_of(model: PreTrainedModel) -> nn.ModuleList:
@@ -85,7 +192,19 @@ def parameter_counts(model: PreTrainedModel) -> tuple[int, list[int]]:
 
 def sliced_config(config: PretrainedConfig, sources: Sequence[int]) -> PretrainedConfig:
     """A new config for the model whose layer i is the source's layer `sources[i]`; `config` is left as it is."""
-    changes: dict[str, Any] = {"num_hidden_layers": len(sources)}
+    changes = {"num_hidden_layers": len(sources), **_sliced_keys(config, sources)}
+    more = family_of(config).changes
+    if more:
+        changes |= more(changes)
+    new = copy.deepcopy(config)
+    for key, value in changes.items():
+        setattr(new, key, value)
+    return new
+
+
+def _sliced_keys(config: PretrainedConfig, sources: Sequence[int]) -> Changes:
+    """Every key that depends on layer numbers, for the layers that stay."""
+    changes: Changes = {}
     for key in PER_LAYER_KEYS:
         if getattr(config, key, None):
             changes[key] = [getattr(config, key)[source] for source in sources]
@@ -95,15 +214,42 @@ def sliced_config(config: PretrainedConfig, sources: Sequence[int]) -> Pretraine
     for key in THRESHOLD_KEYS:
         if getattr(config, key, None) is not None:
             changes[key] = sum(source < getattr(config, key) for source in sources)
-    new = copy.deepcopy(config)
-    for key, value in changes.items():
-        setattr(new, key, value)
-    return new
+    return changes | _unrolled_period(config, sources)
+
+
+def _unrolled_period(config: PretrainedConfig, sources: Sequence[int]) -> Changes:
+    """Every n-th layer has experts: after a removal no period says which, so the others are listed."""
+    step = getattr(config, "decoder_sparse_step", None) or 1
+    if step == 1:
+        return {}
+    listed = getattr(config, "mlp_only_layers", None) or []
+    dense = [new for new, source in enumerate(sources) if source in listed or (source + 1) % step]
+    return {"decoder_sparse_step": 1, "mlp_only_layers": dense}
 
 
 def sliding_window(config: PretrainedConfig) -> int | None:
     """How far back the narrowest attention sees, where it is limited."""
-    return getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    kinds = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None)
+    if kinds is not None and not {"sliding_attention", "local"} & set(kinds):
+        return None
+    if kinds is None and not getattr(config, "use_sliding_window", True):
+        return None
+    windows = [getattr(config, key, None) for key in ("sliding_window", "window_size")]
+    return min((window for window in windows if window), default=None)
+
+
+def known_families() -> list[dict[str, str]]:
+    """Every causal LM that the installed transformers knows: model_type, status (proven or refused) and the reason."""
+    proven = [{"model_type": kind, "status": "proven", "reason": _proof(row)} for kind, row in FAMILIES.items()]
+    others = sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - set(FAMILIES))
+    return proven + [
+        {"model_type": kind, "status": "refused", "reason": REASONS.get(kind, NOT_PROVEN)} for kind in others
+    ]
+
+
+def _proof(family: Family) -> str:
+    refused = "; ".join(f"not with {option}, as {why}" for option, why in family.refused)
+    return "passes the checklist" + (f"; {refused}" if refused else "")
 
 
 def never_identity(config: PretrainedConfig) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from llm_streamline.families import layers_of
 from llm_streamline.records import Window
@@ -54,11 +54,13 @@ def _entering(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
 
 
 def _call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> LayerCall:
-    rest = {key: value for key, value in kwargs.items() if key != "hidden_states"}
-    for key in ("past_key_values", "past_key_value"):
-        if key in rest:
-            rest[key] = None
-    return LayerCall(args[1:], rest)
+    """Everything but the hidden state and the cache, which families pass under several names, or by place."""
+    rest = {key: _without_cache(value) for key, value in kwargs.items() if key != "hidden_states"}
+    return LayerCall(tuple(_without_cache(value) for value in args[1:]), rest)
+
+
+def _without_cache(value: Any) -> Any:
+    return None if isinstance(value, Cache) else value
 
 
 @contextmanager

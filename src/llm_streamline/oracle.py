@@ -11,6 +11,7 @@ Run as a module, `python -m llm_streamline.oracle FOLDER` makes the check with s
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import subprocess
@@ -142,7 +143,7 @@ def check(folder: Path, trust_remote_code: bool = False) -> Verification:
     problems = [
         *_loading_problems(loading),
         *([] if weight_hashes(folder) == manifest.weights else ["the weights are not the ones that were written"]),
-        *_count_problems(model, manifest, tensors),
+        *_count_problems(model, manifest, sum(tensors.values())),
         *_tokenizer_problems(folder, trust_remote_code),
     ]
     if not error <= TOLERANCE:  # also true of nan
@@ -200,25 +201,26 @@ def _loading_problems(loading: dict[str, Any]) -> list[str]:
     ]
 
 
-def stored_tensors(folder: Path) -> list[str]:
-    """Names of the tensors in the folder's safetensors files."""
+def stored_tensors(folder: Path) -> dict[str, int]:
+    """How many numbers each tensor in the folder's safetensors files holds."""
     from safetensors import safe_open
 
-    names: list[str] = []
+    sizes: dict[str, int] = {}
     for shard in sorted(folder.glob("*.safetensors")):
         with safe_open(shard, framework="pt") as tensors:
-            names += tensors.keys()
-    return names
+            sizes |= {key: math.prod(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
+    return sizes
 
 
-def _count_problems(model: PreTrainedModel, manifest: Manifest, tensors: list[str]) -> list[str]:
-    """Parameters and tensors against what was planned; a tied weight that is stored twice shows here."""
+def _count_problems(model: PreTrainedModel, manifest: Manifest, stored: int) -> list[str]:
+    """Parameters and stored numbers against what was planned; a tied weight that is stored twice shows here."""
     problems = []
     if model.num_parameters() != manifest.plan.parameters_after:
         problems.append(f"{model.num_parameters()} parameters where the plan says {manifest.plan.parameters_after}")
-    distinct = len({tensor.data_ptr() for tensor in model.state_dict().values()})
-    if len(tensors) != distinct:
-        problems.append(f"{len(tensors)} tensors are stored where the model has {distinct}")
+    # numbers, not tensors: transformers stores the experts of a layer one by one and holds them as one tensor
+    distinct = sum({tensor.data_ptr(): tensor.numel() for tensor in model.state_dict().values()}.values())
+    if stored != distinct:
+        problems.append(f"{stored} numbers are stored where the model has {distinct}")
     return problems
 
 
