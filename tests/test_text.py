@@ -1,14 +1,11 @@
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 
 from llm_streamline.checkpoint import check_ids
 from llm_streamline.errors import UserError
 from llm_streamline.recipe import Recipe
-from llm_streamline.sources import Documents, _index, _read
 from llm_streamline.text import block_length, read_parts
 from tests import tiny
 
@@ -53,30 +50,6 @@ def test_documents_follow_one_another_and_end_with_the_end_token(tmp_path):
     assert (parts.training[:, 11] == end).all() and (parts.training[:, :11] != end).all()
 
 
-def test_a_text_file_is_dealt_in_pieces_of_whole_lines(tmp_path):
-    file = tmp_path / "t.txt"
-    file.write_text("".join(f"{n} " + "word " * 30 + "\n" for n in range(500)), encoding="utf-8")
-    pieces = list(Documents.open((str(file),), None, seed=0))
-    assert len(pieces) > 10 and sorted("".join(sorted(pieces))) == sorted(file.read_text())
-    assert all(piece.endswith("\n") for piece in pieces)
-
-
-def test_one_endless_line_is_cut_at_blanks_and_loses_nothing(tmp_path):
-    file = tmp_path / "t.txt"
-    file.write_text(" ".join(f"naïve wörd {n}" for n in range(9000)) + " ", encoding="utf-8")
-    pieces = list(Documents.open((str(file),), None, seed=0))
-    assert len(pieces) > 3 and all(piece.endswith(" ") for piece in pieces)
-    assert sum(map(len, pieces)) == len(file.read_text(encoding="utf-8"))
-
-
-def test_text_without_blanks_is_cut_between_characters(tmp_path):
-    file = tmp_path / "t.txt"
-    file.write_text("北京大学" * 90_000, encoding="utf-8")  # 1 MB, which a byte at a time took half a minute
-    pieces = _index(file)
-    assert len(pieces) > 200 and sum(piece.length for piece in pieces) == file.stat().st_size
-    assert all(set(_read(piece, None)) <= set("北京大学") for piece in pieces)
-
-
 def test_one_long_document_serves_all_parts_with_a_gap_between(tmp_path):
     words = " ".join(f"{n:05}" for n in range(1500))
     parts = read(tiny.write_jsonl(tmp_path / "t.jsonl", [words]), tokens=2000)
@@ -86,31 +59,6 @@ def test_one_long_document_serves_all_parts_with_a_gap_between(tmp_path):
         for part in (parts.validation, parts.calibration, parts.training)
     ]
     assert all(found) and not (found[0] & found[1] or found[1] & found[2] or found[0] & found[2])
-
-
-def test_copies_are_left_out_and_sources_given_once(tmp_path):
-    same = tiny.write_jsonl(tmp_path / "a.jsonl", ["one", "two", "one"])
-    again = tiny.write_jsonl(tmp_path / "b.jsonl", ["two", "three"])
-    assert sorted(Documents.open((str(same), str(again)), None, 0)) == ["one", "three", "two"]
-    with pytest.raises(UserError, match=r"names .*a.jsonl twice"):
-        Documents.open((str(same), str(same)), None, 0)
-
-
-def test_a_byte_order_mark_and_null_rows_are_no_text(tmp_path):
-    (tmp_path / "t.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "a"}\n{"text": null}\n')
-    assert list(Documents.open((str(tmp_path / "t.jsonl"),), None, 0)) == ["a"]
-
-
-def test_the_field_is_found_or_named(tmp_path):
-    tiny.write_jsonl(tmp_path / "content.jsonl", ["hello"], field="content")
-    tiny.write_jsonl(tmp_path / "body.jsonl", ["hello"], field="body")
-    assert list(Documents.open((str(tmp_path / "content.jsonl"),), None, 0)) == ["hello"]
-    assert list(Documents.open((str(tmp_path / "body.jsonl"),), "body", 0)) == ["hello"]
-
-
-def test_blank_lines_are_no_documents(tmp_path):
-    (tmp_path / "t.jsonl").write_text('\n{"text": "a"}\n\n{"text": "b"}\n\n')
-    assert sorted(Documents.open((str(tmp_path / "t.jsonl"),), None, 0)) == ["a", "b"]
 
 
 def test_a_hub_data_set_is_streamed(tmp_path):
@@ -171,10 +119,3 @@ def test_ids_past_the_embeddings_are_refused():
     check_ids(torch.tensor([0, 9]), vocabulary=10)
     with pytest.raises(UserError, match="makes ids up to 10 but the model embeds 10"):
         check_ids(torch.tensor([0, 10]), vocabulary=10)
-
-
-def test_the_redpajama_schema_is_read_as_it_is(shared):
-    file = shared / "data" / "text" / "redpajama_sample.jsonl"
-    texts = list(Documents.open((str(file),), None, seed=0))
-    rows = [json.loads(line)["text"] for line in file.read_text(encoding="utf-8").splitlines() if line]
-    assert set(texts) == {row for row in rows if row.strip()} and texts != rows and len(texts) == len(set(texts))

@@ -123,11 +123,10 @@ def draw_shares(part: str, shares: Mapping[str, Share]) -> None:
     Console(stderr=True, highlight=False, markup=False).print(table)
 
 
-def shortage(name: str, asked: int, got: int) -> str:
-    return (
-        f"{name} gives {got:,} of the {asked:,} blocks that its share asks for; "
-        "the others take what is missing, in proportion to their shares."
-    )
+def shortage(name: str, asked: int, got: int, others: bool) -> str:
+    """A sentence on a domain that has too little text; `others` is whether any domain has more than its share."""
+    rest = "the others take what is missing, in proportion to their shares" if others else "no other has more"
+    return f"{name} gives {got:,} of the {asked:,} blocks that its share asks for; {rest}."
 
 
 def none_occurs(mixture: str, domain: str, seen: Iterable[str]) -> UserError:

@@ -199,7 +199,9 @@ class Lines:
             row = json.loads(line)
         except ValueError as error:
             where = self._where_of(number)()
-            raise UserError(f"{where} is not JSON ({error}); give one JSON object per line.") from error
+            raise UserError(
+                f"{where} is not JSON ({getattr(error, 'msg', error)}); give one JSON object per line."
+            ) from error
         if not isinstance(row, dict):
             raise UserError(
                 f"{self._where_of(number)()} is no JSON object; give one object with a text field per line."

@@ -56,8 +56,8 @@ class Recipe(_Schema):
     data: Annotated[tuple[str, ...], BeforeValidator(as_several)] = Field(
         (),
         description="Text to measure and train on: a .txt, .jsonl or .parquet file, a folder or 'glob' of them, "
-        "hub:NAME[:SPLIT] for a Hub data set, or 'bundled'. Repeat it for several sources; SOURCE@0.7 gives one a share "
-        "of the tokens.",
+        "hub:NAME[:SPLIT] for a Hub data set, or 'bundled'. Repeat it for several sources; SOURCE@0.7 gives one a "
+        "share of the tokens.",
     )
     field: str | None = Field(
         None, description="The JSON field (or data-set column) that holds the text or the chat; found if not given."
@@ -68,7 +68,9 @@ class Recipe(_Schema):
         "[default: the text as it is]",
     )
     domain: str = Field(
-        "meta.redpajama_set_name", description="With --mixture: the field that names a document's domain, dotted."
+        "meta.redpajama_set_name",
+        min_length=1,
+        description="With --mixture: the field that names a document's domain, dotted.",
     )
     preset: str | None = Field(
         None,

@@ -1,6 +1,6 @@
-"""What `--data` names -> pools of documents: files, folders, globs and Hub data sets, each with its weight if it has one.
+"""What `--data` names -> pools of documents: files, folders, globs and Hub data sets, with their weights.
 
-Sources without weights are one pool, read in proportion to their documents; a source with a weight is a pool of its own.
+Sources without weights are one pool, read in proportion to their documents; one with a weight is a pool of its own.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ class Source:
         if path.is_dir():
             return self._some(file for file in path.rglob("*") if not _hidden(file.relative_to(path)))
         if not path.exists() and glob.has_magic(self.name):
-            return self._some(Path(file) for file in glob.iglob(self.name, recursive=True))
+            found = glob.iglob(self.name, recursive=True)  # noqa: PTH207 - Path.glob takes no absolute pattern
+            return self._some(Path(file) for file in found)
         if not path.is_file():
             raise UserError(
                 f"--data {self.name} is no file here; give a file, a folder, a 'glob', hub:NAME, or bundled."

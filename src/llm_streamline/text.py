@@ -125,7 +125,7 @@ def _tokenized(documents: Iterable[Document], tokenizer: Any) -> Iterator[np.nda
         # verbose=False: a document longer than the context is cut into blocks here, so the warning would mislead
         encoded = tokenizer(texts, add_special_tokens=not chat, verbose=False)["input_ids"]
         for text, ids in zip(texts, encoded, strict=True):
-            ended = bool(ids) and ids[-1] == end or (chat and text.rstrip().endswith(tokenizer.eos_token or "\0"))
+            ended = (bool(ids) and ids[-1] == end) or (chat and text.rstrip().endswith(tokenizer.eos_token or "\0"))
             yield np.asarray(ids if end is None or ended else [*ids, end], dtype=np.int32)
 
 
@@ -265,7 +265,7 @@ def _interleaved(domains: list[np.ndarray], seed: int) -> Tensor:
 def _tell(reading: _Reading, packers: Mapping[str, _Packer], sizes: Mapping[str, int], quiet: bool) -> dict[str, Share]:
     """Say what was left out and what is missing, and draw the shares of the part that is trained or measured on."""
     for name, (asked, got) in reading.short.items():
-        say(shortage(name, asked, got), quiet)
+        say(shortage(name, asked, got, others=len(reading.short) < len(packers)), quiet)
     if reading.others:
         names = ", ".join(f"{name} ({count:,})" for name, count in sorted(reading.others.items()))
         say(f"documents of other domains are left out: {names}", quiet)
