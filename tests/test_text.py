@@ -1,7 +1,12 @@
 from __future__ import annotations
 
+import json
+
+import pyarrow
+import pyarrow.parquet as pq
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from llm_streamline.checkpoint import check_ids
 from llm_streamline.errors import UserError
@@ -119,3 +124,32 @@ def test_ids_past_the_embeddings_are_refused():
     check_ids(torch.tensor([0, 9]), vocabulary=10)
     with pytest.raises(UserError, match="makes ids up to 10 but the model embeds 10"):
         check_ids(torch.tensor([0, 10]), vocabulary=10)
+
+
+def test_copies_in_other_files_are_left_out(tmp_path):
+    documents = tiny.make_documents(60)
+    tiny.write_jsonl(tmp_path / "a.jsonl", documents)
+    tiny.write_jsonl(tmp_path / "b.jsonl", documents[30:] + tiny.make_documents(70)[60:], field="content")
+    parts = read(tmp_path, tokens=None)
+    text = tiny.make_tokenizer().decode(torch.cat([parts.validation, parts.calibration, parts.training]).flatten())
+    found = [piece.split(":")[0] for piece in text.split("</s>") if ":" in piece[:6]]
+    assert len(found) == len(set(found)) > 50
+
+
+def test_parquet_gives_blocks_as_lines_do(tmp_path):
+    pq.write_table(pyarrow.table({"text": tiny.make_documents(300)}), tmp_path / "t.parquet", row_group_size=50)
+    parts, again, other = (read(tmp_path / "t.parquet", seed=seed) for seed in (0, 0, 1))
+    assert parts.training.shape == (31, BLOCK) and parts.summary() == again.summary() != other.summary()
+
+
+@pytest.mark.parametrize("template", ["{{ m.content }}", "<s>{{ m.role }} {{ m.content }}</s>\n"])
+def test_a_chat_gets_its_templates_special_tokens_and_an_end_once(tmp_path, template):
+    chats = [[{"from": "human", "value": f"{n}?"}, {"from": "gpt", "value": f"{n}!"}] for n in range(400)]
+    (tmp_path / "t.jsonl").write_text("\n".join(json.dumps({"conversations": chat}) for chat in chats))
+    tokenizer = tiny.make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}" + template + "{% endfor %}"
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    ids = read_parts(recipe(tmp_path / "t.jsonl"), tokenizer, tiny.CONTEXT, quiet=True).training.flatten().tolist()
+    text = tokenizer.decode(ids)
+    assert ids.count(2) > 20 and "</s></s>" not in text.replace("\n", "") and "<s><s>" not in text
+    assert ("<s>user" in text) == ("<s>" in template) == ("<s>" in text)

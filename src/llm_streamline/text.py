@@ -69,7 +69,7 @@ def block_length(recipe: Recipe, context: int) -> int:
 
 def read_parts(recipe: Recipe, tokenizer: Any, context: int, quiet: bool = False) -> Parts:
     """The three parts that `recipe` asks for. Errors: UserError where the text is unusable or too short."""
-    mixture = parse_mixture(recipe.mixture) if recipe.mixture else None
+    mixture = None if recipe.mixture is None else parse_mixture(recipe.mixture)
     schema = Schema(recipe.field, recipe.domain if mixture else None, _chat_template(tokenizer))
     pools = open_pools(recipe.data, schema, recipe.seed)
     block = block_length(recipe, context)
