@@ -155,9 +155,7 @@ def test_an_explicit_excess_is_refused_and_the_default_takes_what_there_is(files
 
 @pytest.mark.parametrize("mixture", ["web", "web=", "=1", "web=0", "web=-1", "web=nan", "a=1,a=2", "a=1,,b=2", ""])
 def test_mixtures_that_are_none_are_refused(corpus, mixture):
-    with pytest.raises(
-        UserError, match=r"--mixture .* has .*give slimpajama, or every domain once with a share above 0"
-    ):
+    with pytest.raises(UserError, match=r"--mixture .* has .*give slimpajama, or every domain once with a share"):
         parse_mixture(mixture)
 
 

@@ -129,9 +129,25 @@ def shortage(name: str, asked: int, got: int, others: bool) -> str:
     return f"{name} gives {got:,} of the {asked:,} blocks that its share asks for; {rest}."
 
 
-def none_occurs(mixture: str, domain: str, seen: Iterable[str]) -> UserError:
-    names = sorted(seen)
-    there = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-    return UserError(
-        f"--mixture {mixture} names no domain that occurs; the text's {domain} is {there}: give shares of those."
+def left_out(others: Mapping[str, int]) -> str:
+    return (
+        f"documents of other domains are left out: {_listed(f'{_short(name)} ({others[name]:,})' for name in others)}"
     )
+
+
+def none_occurs(mixture: str, domain: str, others: Iterable[str]) -> UserError:
+    return UserError(
+        f"--mixture {mixture} names no domain that occurs; the text's {domain} is {_listed(map(_short, others))}: "
+        "give shares of those, or the field that names the domain with --domain."
+    )
+
+
+def _listed(names: Iterable[str]) -> str:
+    """The first few in alphabetical order: a wrong field can have as many values as there are documents."""
+    several = sorted(names)
+    return ", ".join(several[:8]) + (f" and {len(several) - 8} more" if len(several) > 8 else "")
+
+
+def _short(name: str) -> str:
+    name = " ".join(name.split())
+    return name if len(name) <= 40 else f"{name[:37]}..."

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from llm_streamline.errors import UserError
 from llm_streamline.files import sha256
-from llm_streamline.mixture import Quotas, Share, draw_shares, none_occurs, parse_mixture, share_out, shortage
+from llm_streamline.mixture import Quotas, Share, draw_shares, left_out, none_occurs, parse_mixture, share_out, shortage
 from llm_streamline.progress import Advance, progress, say
 from llm_streamline.readers import Document, Schema
 from llm_streamline.recipe import Recipe
@@ -267,8 +267,7 @@ def _tell(reading: _Reading, packers: Mapping[str, _Packer], sizes: Mapping[str,
     for name, (asked, got) in reading.short.items():
         say(shortage(name, asked, got, others=len(reading.short) < len(packers)), quiet)
     if reading.others:
-        names = ", ".join(f"{name} ({count:,})" for name, count in sorted(reading.others.items()))
-        say(f"documents of other domains are left out: {names}", quiet)
+        say(left_out(reading.others), quiet)
     part = "training" if sizes["training"] else "calibration"
     shares = reading.shares(packers, part)
     if not quiet:
