@@ -109,6 +109,21 @@ def test_parts_share_no_document(corpus, files, way):
     assert all(found) and not (found[0] & found[1] or found[0] & found[2] or found[1] & found[2])
 
 
+def test_a_domain_that_has_its_quotas_is_not_tokenized(corpus):
+    tokenizer, seen = tiny.make_tokenizer(), []
+
+    class Counting:
+        eos_token_id, chat_template = tokenizer.eos_token_id, None
+
+        def __call__(self, texts, **how):
+            seen.extend(texts)
+            return tokenizer(texts, **how)
+
+    asked = recipe(corpus, mixture="short=0.01,long=0.99", domain="meta.source")
+    read_parts(asked, Counting(), tiny.CONTEXT, quiet=True)
+    assert 64 < sum(text[0] == "s" for text in seen) < 250 and not any(text[0] in "mz" for text in seen)
+
+
 def test_blocks_of_domains_are_interleaved(corpus, files):
     found = letters(by_mixture(corpus, files).training)
     for start in range(0, 1000, 200):

@@ -92,6 +92,8 @@ def test_parquet_is_read_whole_in_seeded_order(tmp_path):
     file = write_parquet(tmp_path / "t.parquet", rows_of(DOCUMENTS))
     first, again, other = texts(file), texts(file), texts(file, seed=1)
     assert sorted(first) == sorted(DOCUMENTS) and first == again and first != other and first != DOCUMENTS
+    one_group = texts(write_parquet(tmp_path / "one.parquet", rows_of(DOCUMENTS), group=100))
+    assert sorted(one_group) == sorted(DOCUMENTS) and one_group not in (DOCUMENTS, DOCUMENTS[::-1])
 
 
 def test_parquet_reads_only_its_columns_and_few_row_groups_at_once(tmp_path, monkeypatch):
