@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 
 import pyarrow
 import pyarrow.parquet as pq
@@ -63,7 +64,7 @@ def test_one_long_document_serves_all_parts_with_a_gap_between(tmp_path):
         set(tokenizer.decode(part.flatten()).split()[1:-1])
         for part in (parts.validation, parts.calibration, parts.training)
     ]
-    for first, second in zip(found, found[1:], strict=False):
+    for first, second in pairwise(found):
         assert int(min(second)) - int(max(first)) > BLOCK // len("00000 ")
 
 
