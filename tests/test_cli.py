@@ -267,6 +267,15 @@ def test_families_lists_the_proven_first_and_a_reason_for_each(cli):
         ("MODEL --data TEXT -o out --remove 2 --window 1:3", "give one of --remove, --window and --max-params"),
         ("MODEL -o out", "no --data was given; .*--data bundled"),
         ("MODEL --data nothing.txt -o out", "is no file here"),
+        ("MODEL --data nothing*.txt -o out", "matches no file with text"),
+        ("MODEL --data TEXT --data TEXT -o out", "names .*text.jsonl twice"),
+        ("MODEL --data TEXT@0 -o out", "gives the weight '0'"),
+        ("MODEL --data TEXT@1 --data bundled -o out", "bundled has no weight and .*text.jsonl@1 has"),
+        ("MODEL --data TEXT@1 --mixture slimpajama -o out", "--mixture and the weight in --data .* both set shares"),
+        ("MODEL --data TEXT --data hub:x -o out", "hub:x is a stream of unknown size"),
+        ("MODEL --data TEXT --mixture slimpyjama -o out", "--mixture slimpyjama has 'slimpyjama'"),
+        ("MODEL --data TEXT --mixture slimpajama -o out", "line 2*[0-9]*, has no domain in 'meta.redpajama_set_name'"),
+        ("MODEL --data TEXT --mixture a=1 --domain text -o out", "a=1 names no domain that occurs"),
         ("MODEL --data TEXT", "no output folder was given"),
         ("MODEL --data TEXT -o out --tokens 9M", "--tokens 9000000 is more than"),
         ("MODEL --data TEXT -o out --block 4096", "longer than the model's context of 128"),
@@ -299,13 +308,16 @@ def test_requests_that_cannot_be_met_get_one_sentence(cli, tmp_path, llama_folde
         ("bad.jsonl", b'{"text": "a"\n', "is not JSON"),
         ("field.jsonl", b'{"words": "a"}\n', "name the right one with --field"),
         ("short.txt", b"a few words", "give more text with --data or a smaller --block"),
+        ("empty.parquet", b"", "is damaged or no Parquet file"),
+        ("chat.jsonl", b'{"messages": ["hello"]}\n', "line 1, holds a chat with a malformed turn"),
+        ("empty", None, "is a folder without text"),
     ],
 )
 def test_text_that_cannot_be_used_gets_one_sentence(
     cli, tmp_path, tmp_path_factory, llama_folder, name, content, words
 ):
     file = tmp_path_factory.mktemp("text") / name
-    file.write_bytes(content)
+    file.mkdir() if content is None else file.write_bytes(content)
     refused(cli("compress", llama_folder, "--data", file, "-o", "out"), words)
     assert not list(tmp_path.iterdir())
 

@@ -76,7 +76,7 @@ def test_modules_say_what_they_are_for(path):
 
 
 def test_every_module_has_its_tests():
-    elsewhere = {"demonstration": "demo", "sources": "text", "oracle": "assemble"}
+    elsewhere = {"demonstration": "demo", "readers": "sources", "parquet": "sources", "oracle": "assemble"}
     elsewhere |= {"networks": "replacement", "custom_code": "replacement"}
     elsewhere |= {"workspace": "run", "checkpoint": "cli", "records": "choose", "errors": "cli"}
     covered = {path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py")}

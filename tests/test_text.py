@@ -1,14 +1,17 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 
+import pyarrow
+import pyarrow.parquet as pq
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from llm_streamline.checkpoint import check_ids
 from llm_streamline.errors import UserError
 from llm_streamline.recipe import Recipe
-from llm_streamline.sources import Documents, _index, _read
 from llm_streamline.text import block_length, read_parts
 from tests import tiny
 
@@ -53,30 +56,6 @@ def test_documents_follow_one_another_and_end_with_the_end_token(tmp_path):
     assert (parts.training[:, 11] == end).all() and (parts.training[:, :11] != end).all()
 
 
-def test_a_text_file_is_dealt_in_pieces_of_whole_lines(tmp_path):
-    file = tmp_path / "t.txt"
-    file.write_text("".join(f"{n} " + "word " * 30 + "\n" for n in range(500)), encoding="utf-8")
-    pieces = list(Documents.open((str(file),), None, seed=0))
-    assert len(pieces) > 10 and sorted("".join(sorted(pieces))) == sorted(file.read_text())
-    assert all(piece.endswith("\n") for piece in pieces)
-
-
-def test_one_endless_line_is_cut_at_blanks_and_loses_nothing(tmp_path):
-    file = tmp_path / "t.txt"
-    file.write_text(" ".join(f"naïve wörd {n}" for n in range(9000)) + " ", encoding="utf-8")
-    pieces = list(Documents.open((str(file),), None, seed=0))
-    assert len(pieces) > 3 and all(piece.endswith(" ") for piece in pieces)
-    assert sum(map(len, pieces)) == len(file.read_text(encoding="utf-8"))
-
-
-def test_text_without_blanks_is_cut_between_characters(tmp_path):
-    file = tmp_path / "t.txt"
-    file.write_text("北京大学" * 90_000, encoding="utf-8")  # 1 MB, which a byte at a time took half a minute
-    pieces = _index(file)
-    assert len(pieces) > 200 and sum(piece.length for piece in pieces) == file.stat().st_size
-    assert all(set(_read(piece, None)) <= set("北京大学") for piece in pieces)
-
-
 def test_one_long_document_serves_all_parts_with_a_gap_between(tmp_path):
     words = " ".join(f"{n:05}" for n in range(1500))
     parts = read(tiny.write_jsonl(tmp_path / "t.jsonl", [words]), tokens=2000)
@@ -85,32 +64,8 @@ def test_one_long_document_serves_all_parts_with_a_gap_between(tmp_path):
         set(tokenizer.decode(part.flatten()).split()[1:-1])
         for part in (parts.validation, parts.calibration, parts.training)
     ]
-    assert all(found) and not (found[0] & found[1] or found[1] & found[2] or found[0] & found[2])
-
-
-def test_copies_are_left_out_and_sources_given_once(tmp_path):
-    same = tiny.write_jsonl(tmp_path / "a.jsonl", ["one", "two", "one"])
-    again = tiny.write_jsonl(tmp_path / "b.jsonl", ["two", "three"])
-    assert sorted(Documents.open((str(same), str(again)), None, 0)) == ["one", "three", "two"]
-    with pytest.raises(UserError, match=r"names .*a.jsonl twice"):
-        Documents.open((str(same), str(same)), None, 0)
-
-
-def test_a_byte_order_mark_and_null_rows_are_no_text(tmp_path):
-    (tmp_path / "t.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "a"}\n{"text": null}\n')
-    assert list(Documents.open((str(tmp_path / "t.jsonl"),), None, 0)) == ["a"]
-
-
-def test_the_field_is_found_or_named(tmp_path):
-    tiny.write_jsonl(tmp_path / "content.jsonl", ["hello"], field="content")
-    tiny.write_jsonl(tmp_path / "body.jsonl", ["hello"], field="body")
-    assert list(Documents.open((str(tmp_path / "content.jsonl"),), None, 0)) == ["hello"]
-    assert list(Documents.open((str(tmp_path / "body.jsonl"),), "body", 0)) == ["hello"]
-
-
-def test_blank_lines_are_no_documents(tmp_path):
-    (tmp_path / "t.jsonl").write_text('\n{"text": "a"}\n\n{"text": "b"}\n\n')
-    assert sorted(Documents.open((str(tmp_path / "t.jsonl"),), None, 0)) == ["a", "b"]
+    for first, second in pairwise(found):
+        assert int(min(second)) - int(max(first)) > BLOCK // len("00000 ")
 
 
 def test_a_hub_data_set_is_streamed(tmp_path):
@@ -173,8 +128,30 @@ def test_ids_past_the_embeddings_are_refused():
         check_ids(torch.tensor([0, 10]), vocabulary=10)
 
 
-def test_the_redpajama_schema_is_read_as_it_is(shared):
-    file = shared / "data" / "text" / "redpajama_sample.jsonl"
-    texts = list(Documents.open((str(file),), None, seed=0))
-    rows = [json.loads(line)["text"] for line in file.read_text(encoding="utf-8").splitlines() if line]
-    assert set(texts) == {row for row in rows if row.strip()} and texts != rows and len(texts) == len(set(texts))
+def test_copies_in_other_files_are_left_out(tmp_path):
+    documents = tiny.make_documents(60)
+    tiny.write_jsonl(tmp_path / "a.jsonl", documents)
+    tiny.write_jsonl(tmp_path / "b.jsonl", documents[30:] + tiny.make_documents(70)[60:], field="content")
+    parts = read(tmp_path, tokens=None)
+    text = tiny.make_tokenizer().decode(torch.cat([parts.validation, parts.calibration, parts.training]).flatten())
+    found = [piece.split(":")[0] for piece in text.split("</s>") if ":" in piece[:6]]
+    assert len(found) == len(set(found)) > 50
+
+
+def test_parquet_gives_blocks_as_lines_do(tmp_path):
+    pq.write_table(pyarrow.table({"text": tiny.make_documents(300)}), tmp_path / "t.parquet", row_group_size=50)
+    parts, again, other = (read(tmp_path / "t.parquet", seed=seed) for seed in (0, 0, 1))
+    assert parts.training.shape == (31, BLOCK) and parts.summary() == again.summary() != other.summary()
+
+
+@pytest.mark.parametrize("template", ["{{ m.content }}", "<s>{{ m.role }} {{ m.content }}</s>\n"])
+def test_a_chat_gets_its_templates_special_tokens_and_an_end_once(tmp_path, template):
+    chats = [[{"from": "human", "value": f"{n}?"}, {"from": "gpt", "value": f"{n}!"}] for n in range(400)]
+    (tmp_path / "t.jsonl").write_text("\n".join(json.dumps({"conversations": chat}) for chat in chats))
+    tokenizer = tiny.make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}" + template + "{% endfor %}"
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    ids = read_parts(recipe(tmp_path / "t.jsonl"), tokenizer, tiny.CONTEXT, quiet=True).training.flatten().tolist()
+    text = tokenizer.decode(ids)
+    assert ids.count(2) > 20 and "</s></s>" not in text.replace("\n", "") and "<s><s>" not in text
+    assert ("<s>user" in text) == ("<s>" in template) == ("<s>" in text)

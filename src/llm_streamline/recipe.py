@@ -62,11 +62,22 @@ class Recipe(_Schema):
     model: str = Field(description="Folder or Hub name of the causal LM to shorten; 'bundled' is the demo model.")
     data: Annotated[tuple[str, ...], BeforeValidator(as_several)] = Field(
         (),
-        description="Text to measure and train on: .txt or .jsonl files, hub:NAME[:SPLIT] for a Hub data set, "
-        "or 'bundled'. Give it several times for several sources.",
+        description="Text to measure and train on: a .txt, .jsonl or .parquet file, a folder or 'glob' of them, "
+        "hub:NAME[:SPLIT] for a Hub data set, or 'bundled'. Repeat it for several sources; SOURCE@0.7 gives one a "
+        "share of the tokens.",
     )
     field: str | None = Field(
-        None, description="The JSON field (or data-set column) that holds the text; found if not given."
+        None, description="The JSON field (or data-set column) that holds the text or the chat; found if not given."
+    )
+    mixture: str | None = Field(
+        None,
+        description="Shares of the tokens by domain: slimpajama (the paper's), or NAME=SHARE,NAME=SHARE. "
+        "[default: the text as it is]",
+    )
+    domain: str = Field(
+        "meta.redpajama_set_name",
+        min_length=1,
+        description="With --mixture: the field that names a document's domain, dotted.",
     )
     preset: str | None = Field(
         None,

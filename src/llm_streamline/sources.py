@@ -1,180 +1,187 @@
-"""Where documents come from: local .txt and .jsonl files, or a Hub data set; read in a seeded random order.
+"""What `--data` names -> pools of documents: files, folders, globs and Hub data sets, with their weights.
 
-Local files are indexed by byte offset first and then read by seeking, so the order is a true shuffle of any size of
-file and only the documents that are used are decoded.
+Sources without weights are one pool, read in proportion to their documents; one with a weight is a pool of its own.
 """
 
 from __future__ import annotations
 
-import json
+import glob
+import math
 import random
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
 
 from llm_streamline.checkpoint import BUNDLED
-from llm_streamline.errors import UserError, reason
+from llm_streamline.errors import UserError
+from llm_streamline.parquet import ParquetFiles
+from llm_streamline.readers import HUB, Document, HubStream, Lines, Reader, Row, Schema
 
-HUB = "hub:"
-TEXT_FIELDS = ("text", "content", "document", "story")
+SUFFIXES = (".txt", ".jsonl", ".parquet")
 _BUNDLED_TEXT = Path(__file__).parent / "demo" / "stories.jsonl"
-# a .txt is one long text; it is dealt out in about 256 pieces of whole lines, of 4 to 64 KB
-_PIECES, _SMALLEST_PIECE, _LARGEST_PIECE = 256, 4096, 65_536
-_LOOK_AHEAD_BYTES = 256
-_HUB_BUFFER = 10_000
+_KINDS = ".txt, .jsonl and .parquet files can be read"
 
 
 @dataclass(frozen=True)
-class _Piece:
-    """One document's place in a local file."""
+class Source:
+    """One `--data`: its name and, where it was given as NAME@WEIGHT, its weight."""
 
-    file: Path
-    offset: int
-    length: int
-
-
-class Documents:
-    """An iterable of texts in seeded order; `count` is how many there are, None for a stream of unknown length."""
-
-    def __init__(self, pieces: list[_Piece], hub: list[str], field: str | None, seed: int) -> None:
-        self._pieces, self._hub, self._field, self._seed = pieces, hub, field, seed
+    name: str
+    weight: float | None = None
 
     @classmethod
-    def open(cls, data: tuple[str, ...], field: str | None, seed: int) -> Documents:
-        """Index the local files. Errors: UserError for what cannot be read as text."""
-        if not data:
+    def parse(cls, given: str) -> Source:
+        """Errors: UserError for a weight that is none. A file that is really named so wins over a weight."""
+        name, at, weight = given.rpartition("@")
+        if not at or Path(given).exists():
+            return cls(given)
+        try:
+            number = float(weight)
+        except ValueError:
+            number = math.nan
+        if not (math.isfinite(number) and number > 0 and name):
             raise UserError(
-                "no --data was given; give a .txt or .jsonl file or hub:NAME, or --data bundled for the small text "
-                "that ships with this package."
+                f"--data {given} gives the weight {weight!r}; write a number above 0 after @, such as NAME@0.7."
             )
-        hub = [name.removeprefix(HUB) for name in data if name.startswith(HUB)]
-        if len(set(data)) < len(data):
-            raise UserError(f"--data names {max(data, key=data.count)} twice; give every source once.")
-        files = [_BUNDLED_TEXT if name == BUNDLED else Path(name) for name in data if not name.startswith(HUB)]
-        pieces = [piece for file in files for piece in _index(file)]
-        return cls(pieces, hub, field, seed)
+        return cls(name, number)
+
+    @property
+    def hub(self) -> str | None:
+        """The data set's name and split, where it is one."""
+        name = self.name.removeprefix(HUB)
+        return None if name == self.name else name if ":" in name else f"{name}:train"
+
+    def files(self) -> list[Path]:
+        """The files that a local name stands for, sorted. Errors: UserError where there are none."""
+        path = Path(self.name)
+        if self.name == BUNDLED:
+            return [_BUNDLED_TEXT]
+        if path.is_dir():
+            return self._some(file for file in path.rglob("*") if not _hidden(file.relative_to(path)))
+        if not path.exists() and glob.has_magic(self.name):
+            found = glob.iglob(self.name, recursive=True)  # noqa: PTH207 - Path.glob takes no absolute pattern
+            return self._some(Path(file) for file in found)
+        if not path.is_file():
+            raise UserError(
+                f"--data {self.name} is no file here; give a file, a folder, a 'glob', hub:NAME, or bundled."
+            )
+        if path.suffix not in SUFFIXES:
+            raise UserError(f"--data {self.name} ends in {path.suffix!r}; {_KINDS}.")
+        return [path]
+
+    def _some(self, found: Iterator[Path]) -> list[Path]:
+        files = sorted(file for file in found if file.suffix in SUFFIXES and file.is_file())
+        if not files:
+            what = "is a folder without text" if Path(self.name).is_dir() else "matches no file with text"
+            raise UserError(f"--data {self.name} {what}; {_KINDS}: give a path that has some.")
+        return files
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Documents that are read together, in seeded order; `weight` is its share of the tokens, against other pools."""
+
+    name: str
+    weight: float
+    readers: tuple[Reader, ...]
+    schema: Schema
+    seed: int
 
     @property
     def count(self) -> int | None:
-        return None if self._hub else len(self._pieces)
+        """How many documents there are, None for a stream of unknown length."""
+        counts = [reader.count for reader in self.readers]
+        return None if None in counts else sum(count or 0 for count in counts)
 
-    def __iter__(self) -> Iterator[str]:
-        """Each document once: a copy of one that was given before is left out, so that no part holds another's."""
-        seen: set[bytes] = set()
-        for text in self._all():
-            digest = blake2b(text.encode(), digest_size=12).digest()
-            if text.strip() and digest not in seen:
-                seen.add(digest)
-                yield text
+    def __iter__(self) -> Iterator[Document]:
+        """Every document that has text. Errors: UserError for the first row that cannot be used."""
+        for row, where in self._rows():
+            document = self.schema.document(row, where, self.name)
+            if document.text.strip():
+                yield document
 
-    def _all(self) -> Iterator[str]:
-        pieces = self._pieces.copy()
-        random.Random(self._seed).shuffle(pieces)
-        for piece in pieces:
-            yield _read(piece, self._field)
-        for name in self._hub:
-            yield from _stream(name, self._field, self._seed)
-
-
-def _index(file: Path) -> list[_Piece]:
-    """Where each document of a file lies. Errors: UserError."""
-    if not file.is_file():
-        raise UserError(f"--data {file} is no file here; give a .txt or .jsonl file, hub:NAME, or bundled.")
-    if file.suffix not in (".txt", ".jsonl"):
-        raise UserError(f"--data {file} ends in {file.suffix!r}; .txt and .jsonl files can be read.")
-    pieces, start, offset = [], 0, 0
-    size = max(_SMALLEST_PIECE, min(_LARGEST_PIECE, file.stat().st_size // _PIECES))
-    for line in _lines(file, size if file.suffix == ".txt" else -1):
-        if b"\0" in line:
-            raise UserError(f"--data {file} is binary; give text in UTF-8.")
-        offset += len(line)
-        whole = line.strip() if file.suffix == ".jsonl" else offset - start >= size
-        if whole:
-            pieces.append(_Piece(file, start, offset - start))
-            start = offset
-    if file.suffix == ".txt" and offset > start:
-        pieces.append(_Piece(file, start, offset - start))
-    if not pieces:
-        raise UserError(f"--data {file} is empty; give a file with text.")
-    return pieces
+    def _rows(self) -> Iterator[Row]:
+        """The files' rows, interleaved in proportion to how many each has."""
+        streams = [reader.rows(self.seed + (number << 32)) for number, reader in enumerate(self.readers)]
+        if len(streams) == 1:
+            yield from streams[0]
+            return
+        turns = array("I", (number for number, reader in enumerate(self.readers) for _ in range(reader.count or 0)))
+        random.Random(self.seed + (len(streams) << 32)).shuffle(turns)
+        for number in turns:
+            yield next(streams[number])
 
 
-def _lines(file: Path, limit: int) -> Iterator[bytes]:
-    """The lines of a file; one longer than `limit` (-1 for none) is cut at a blank, or else between characters."""
-    with file.open("rb") as stream:
-        while line := stream.readline(limit):
-            if len(line) == limit and not line.endswith(b"\n"):
-                here = stream.tell()
-                line += _to_a_cut(stream.read(_LOOK_AHEAD_BYTES))
-                stream.seek(here + len(line) - limit)
-            yield line
+def open_pools(data: tuple[str, ...], schema: Schema, seed: int) -> list[Pool]:
+    """The pools that `data` names, their files indexed. Errors: UserError for what cannot be read as text."""
+    sources = [Source.parse(given) for given in data]
+    _check(data, sources, schema)
+    found: list[list[Path | str]] = [[source.hub] if source.hub else [*source.files()] for source in sources]
+    _check_once([place for places in found for place in places])
+    if sources[0].weight is not None:
+        return [
+            Pool(source.name, source.weight or 0.0, _readers(places, schema), schema, seed)
+            for source, places in zip(sources, found, strict=True)
+        ]
+    places = [place for several in found for place in several]
+    return [Pool(sources[0].name if len(sources) == 1 else "text", 1.0, _readers(places, schema), schema, seed)]
 
 
-def _to_a_cut(ahead: bytes) -> bytes:
-    """What to add to a line that was cut anywhere: up to the next blank, or the rest of a UTF-8 character."""
-    blanks = [place for place in (ahead.find(b" "), ahead.find(b"\n")) if place >= 0]
-    if blanks:
-        return ahead[: min(blanks) + 1]
-    rest = next((place for place, byte in enumerate(ahead) if byte & 0xC0 != 0x80), len(ahead))
-    return ahead[:rest]
-
-
-def _read(piece: _Piece, field: str | None) -> str:
-    """The text of one document. Errors: UserError."""
-    with piece.file.open("rb") as stream:
-        stream.seek(piece.offset)
-        raw = stream.read(piece.length)
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
+def _check(data: tuple[str, ...], sources: list[Source], schema: Schema) -> None:
+    """Errors: UserError where sources do not go together."""
+    if not sources:
         raise UserError(
-            f"--data {piece.file} is not UTF-8 at byte {piece.offset + error.start}; convert it to UTF-8."
-        ) from error
-    text = text.removeprefix("\ufeff")
-    return text if piece.file.suffix == ".txt" else _parse(text, piece, field)
-
-
-def _parse(line: str, piece: _Piece, field: str | None) -> str:
-    where = f"--data {piece.file}, the line at byte {piece.offset},"
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{where} is not JSON ({error}); give one JSON object per line.") from error
-    if not isinstance(row, dict):
-        raise UserError(f"{where} is no JSON object; give one object with a text field per line.")
-    return _text_of(row, field, where)
-
-
-def _text_of(row: dict[str, Any], field: str | None, where: str) -> str:
-    """The text of a row: the named field, else the first usual one; null is no text. Errors: UserError."""
-    names = (field,) if field else TEXT_FIELDS
-    if any(name in row and row[name] is None for name in names):
-        return ""
-    for name in names:
-        if isinstance(row.get(name), str):
-            return row[name]
-    raise UserError(
-        f"{where} has no text in {' or '.join(map(repr, names))}; its fields are {', '.join(sorted(row)) or 'none'}: "
-        "name the right one with --field."
-    )
-
-
-def _stream(name: str, field: str | None, seed: int) -> Iterator[str]:
-    """Documents of a Hub data set (or a local folder of one), streamed. Errors: UserError."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise UserError(f"--data {HUB}{name} needs the datasets library; install 'llm-streamline[hub]'.") from error
-    repository, _, split = name.partition(":")
-    try:
-        rows = datasets.load_dataset(repository, split=split or "train", streaming=True)
-        for row in rows.shuffle(seed=seed, buffer_size=_HUB_BUFFER):
-            yield _text_of(row, field, f"--data {HUB}{name}")
-    except UserError:
-        raise
-    except Exception as error:  # the library raises its own, the Hub's and the file system's
+            "no --data was given; give a .txt, .jsonl or .parquet file, a folder of them or hub:NAME, or "
+            "--data bundled for the small text that ships with this package."
+        )
+    weighted = [source.weight is not None for source in sources]
+    if any(weighted) and not all(weighted):
+        bare = sources[weighted.index(False)].name
+        raise UserError(f"--data {bare} has no weight and {data[weighted.index(True)]} has; weigh all sources or none.")
+    if any(weighted) and schema.domain:
         raise UserError(
-            f"--data {HUB}{name} cannot be read ({reason(error)}); check the name, the split and the network."
-        ) from error
+            f"--mixture and the weight in --data {data[0]} both set shares; give shares of domains with --mixture, "
+            "or of sources with weights."
+        )
+    hub = next((source.name for source in sources if source.hub), None)
+    if hub and len(sources) > 1 and not any(weighted):
+        raise UserError(
+            f"--data {hub} is a stream of unknown size beside another source; give all sources a weight, "
+            f"such as {hub}@0.5."
+        )
+
+
+def _check_once(places: list[Path | str]) -> None:
+    """Errors: UserError where one file or data set is given twice."""
+    seen: set[Path | str] = set()
+    for place in places:
+        same = place.resolve() if isinstance(place, Path) else place
+        if same in seen:
+            raise UserError(f"--data names {place} twice; give every source once.")
+        seen.add(same)
+
+
+def _readers(places: list[Path | str], schema: Schema) -> tuple[Reader, ...]:
+    """One reader per .txt or .jsonl file and data set, one for all Parquet files. Errors: UserError."""
+    files = [place for place in places if isinstance(place, Path)]
+    plain = next((file for file in files if file.suffix == ".txt"), None)
+    if plain and schema.domain:
+        raise UserError(f"--data {plain} has no domains, which --mixture needs; give .jsonl or .parquet files.")
+    parquet = [file for file in files if file.suffix == ".parquet"]
+    readers: list[Reader] = [Lines(file) for file in files if file.suffix != ".parquet"]
+    readers += [ParquetFiles(parquet, schema)] if parquet else []
+    return (*readers, *(HubStream(place) for place in places if isinstance(place, str)))
+
+
+def is_new(document: Document, seen: set[bytes]) -> bool:
+    """Whether no copy of a document was seen before, so that no part holds another's."""
+    digest = blake2b(document.text.encode(), digest_size=12).digest()
+    new = digest not in seen
+    seen.add(digest)
+    return new
