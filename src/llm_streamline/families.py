@@ -127,7 +127,7 @@ def family_of(config: PretrainedConfig) -> Family:
         )
     if not type(config).__module__.startswith("transformers."):
         raise UserError(
-            f"model type {kind!r} runs its own code, which is {NOT_PROVEN}; give a model whose code is in transformers, "
+            f"model type {kind!r} runs its own code, which is {NOT_PROVEN}; give one whose code is in transformers, "
             "or this one without --trust-remote-code if transformers knows it."
         )
     if kind not in FAMILIES:
