@@ -60,9 +60,17 @@ def test_help_loads_neither_torch_nor_transformers(arguments):
     assert "Usage: " in done.stdout
 
 
+def write_items(folder: Path) -> None:
+    row = {"label: 0": {"PPL": 2.0}, "label: 1": {"PPL": 3.0}, "prediction": "0", "gold": "0"}
+    folder.mkdir(parents=True)
+    (folder / "task.json").write_text(json.dumps({str(number): row for number in range(9)}))
+
+
 def test_every_examples_of_the_help_pages_runs(cli):
     lines = [line for command in COMMANDS for line in examples(help_of(command))]
     assert {line.split()[1] for line in lines} == set(COMMANDS)
+    for folder in ("predictions/before", "predictions/after", "logs/dense", "logs/shorter"):
+        write_items(Path(folder))
     for line in lines:
         if line.split()[1] == "demo":
             continue  # tests/test_demo.py runs it

@@ -189,6 +189,25 @@ def families(
     _print(json_output, found, [table])
 
 
+def stability(
+    before: Annotated[Path, typer.Argument(help="The dense model's items: a file or folder.")],
+    after: Annotated[Path, typer.Argument(help="The shortened model's items on the same tasks.")],
+    json_output: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the trace of an error.")] = False,
+) -> None:
+    """Compare two models' answers, item by item: stability, flips, accuracy.
+
+    Reads our items, lm-eval's samples_*.jsonl and OpenCompass's prediction folders, whichever a path holds.
+    """
+    from llm_streamline.evaluate.items import read_items
+    from llm_streamline.evaluate.stability import compare_tasks
+    from llm_streamline.report import stability_lines, stability_table
+
+    found = compare_tasks(read_items(before), read_items(after))
+    as_json = {"tasks": [json.loads(one.model_dump_json()) for one in found]}
+    _print(json_output, as_json, [stability_table(found), *stability_lines(found)])
+
+
 def _print(as_json: bool, record: Record | dict[str, Any] | list[dict[str, str]], lines: list[Any]) -> None:
     """Results on stdout: as JSON where asked for, else as tables and lines for people."""
     if as_json:
@@ -234,6 +253,14 @@ COMMANDS: dict[str, tuple[Callable[..., None], str, set[str] | None]] = {
         _ONLY_COMPRESS,
     ),
     "verify": (verify, _examples("llm-streamline verify shorter", "llm-streamline verify shorter/model --json"), None),
+    "stability": (
+        stability,
+        _examples(
+            "llm-streamline stability predictions/before predictions/after",
+            "llm-streamline stability logs/dense logs/shorter --json",
+        ),
+        None,
+    ),
     "families": (families, _examples("llm-streamline families", "llm-streamline families --json"), None),
     "demo": (demo, _examples("llm-streamline demo -o demo-run"), None),
 }

@@ -6,7 +6,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm_streamline.files import atomic
-from llm_streamline.records import Fit, LayerPlan, Scores, Similarity, Verification, Window
+from llm_streamline.records import (
+    FEWEST_EFFECTIVE,
+    SIGNIFICANCE,
+    Fit,
+    LayerPlan,
+    Scores,
+    Similarity,
+    Stability,
+    Verification,
+    Window,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -80,6 +90,39 @@ def summary_lines(plan: LayerPlan, fit: Fit | None, verification: Verification, 
     )
     lines += [f"limit     {limit}" for limit in verification.limits]
     return [*lines, f"model     {folder}"]
+
+
+def stability_table(found: list[Stability]) -> Table:
+    """How two models' answers to each task compare; figures that rank nothing are in parentheses."""
+    table = _table("task", "items", "accuracy", "stability", "effective", "agreement", "same answer", "flips", "p")
+    for one in found:
+        low, high = one.stability_interval
+        stable = f"{one.stability:.3f} [{low:.3f}, {high:.3f}]"
+        table.add_row(
+            one.task,
+            str(one.items),
+            f"{one.accuracy_before:.3f} -> {one.accuracy_after:.3f}",
+            stable if one.ranks else f"({stable})",
+            f"{one.effective_items:.0f}",
+            f"{one.agreement:.3f}",
+            f"{one.same_answer:.3f}",
+            f"{one.flips:.3f}",
+            f"{one.mcnemar_p:.2g}",
+        )
+    return table
+
+
+def stability_lines(found: list[Stability]) -> list[str]:
+    """What the table cannot say: which figures rank nothing and why, and what PPL was of."""
+    lines = []
+    for one in found:
+        if one.above_chance_p >= SIGNIFICANCE:
+            lines.append(f"{one.task}: the first model is not significantly above chance ({one.chance:.2f})")
+        if one.effective_items < FEWEST_EFFECTIVE * one.items:
+            lines.append(f"{one.task}: {one.effective_items:.1f} of {one.items} items decide the stability")
+    if any(one.measure == "choice" for one in found):
+        lines.append("choice-only: PPL is of the choices alone, per byte, as logged samples have no more")
+    return lines
 
 
 def _table(*columns: str) -> Table:

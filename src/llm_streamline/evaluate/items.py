@@ -1,0 +1,130 @@
+"""Per-item files -> items: ours, lm-eval's logged samples, or OpenCompass's predictions, whichever a path holds.
+
+An item is one multiple-choice question as one model answered it. `ppl` has a number per choice, and two kinds of them
+are never mixed: `whole` is the mean negative log-likelihood in nats per token of query and choice (what OpenCompass
+calls PPL), `choice` is that of the choice alone, in nats per byte (all that lm-eval's samples allow).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from llm_streamline.errors import UserError, reason
+from llm_streamline.records import Item
+
+Tasks = dict[str, dict[str, Item]]  # by task, then by item
+_SAMPLES = re.compile(r"samples_(?P<task>.+?)_(?P<date>\d{4}-\d\d-\d\dT.*)\.jsonl")
+_KINDS = "our items, lm-eval's samples_*.jsonl or OpenCompass's predictions"
+
+
+def read_items(path: Path) -> Tasks:
+    """Every task's items in a file or folder, found by what the files hold. Errors: UserError."""
+    if not path.exists():
+        raise UserError(f"{path} is neither a file nor a folder here; give one with {_KINDS}.")
+    files = [path] if path.is_file() else _newest(sorted([*path.rglob("*.jsonl"), *path.rglob("*.json")]))
+    tasks: Tasks = {}
+    for file in files:
+        for item in _read(file):
+            known = tasks.setdefault(item.task, {})
+            if item.id in known:
+                raise UserError(
+                    f"{file} holds item {item.id!r} of {item.task} a second time; give one run's files only."
+                )
+            known[item.id] = item
+    if not tasks:
+        raise UserError(f"{path} holds no items; give a file or folder with {_KINDS}.")
+    return tasks
+
+
+def _newest(files: list[Path]) -> list[Path]:
+    """Of several logs of one lm-eval task, the last; everything else as it is."""
+    logs: dict[tuple[Path, str], Path] = {}
+    for file in files:
+        if match := _SAMPLES.fullmatch(file.name):
+            logs[file.parent, match["task"]] = file  # sorted by name, and the name ends in the date
+    return [file for file in files if not _SAMPLES.fullmatch(file.name) or file in logs.values()]
+
+
+def _read(file: Path) -> Iterator[Item]:
+    """The items of one file; none where it holds something else, as folders of results do."""
+    try:
+        text = file.read_text(encoding="utf-8")
+        if file.suffix == ".json":
+            yield from _opencompass(file, json.loads(text))
+            return
+        match = _SAMPLES.fullmatch(file.name)
+        for number, line in enumerate(text.splitlines(), start=1):
+            if line.strip():
+                where = f"{file}, line {number},"
+                row = json.loads(line)
+                yield _sample(match["task"], row, where) if match else _own(row, where)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} cannot be read ({reason(error)}); give {_KINDS}.") from error
+    except json.JSONDecodeError as error:
+        where = f"{file}" if file.suffix == ".json" else where
+        raise UserError(f"{where} is not JSON ({error.msg}); give {_KINDS}.") from error
+
+
+def _own(row: Any, where: str) -> Item:
+    try:
+        return _checked(Item.model_validate(row), where)
+    except ValidationError as error:
+        raise UserError(f"{where} is no item of an evaluation; give {_KINDS}.") from error
+
+
+def _opencompass(file: Path, rows: Any) -> Iterator[Item]:
+    """Items in OpenCompass's prediction format: {"0": {"label: A": {"PPL": ...}, ..., "prediction", "gold"}}."""
+    first = next(iter(rows.values()), None) if isinstance(rows, dict) else None
+    if not isinstance(first, dict) or "prediction" not in first:
+        return
+    for name, row in rows.items():
+        where = f"{file}, item {name},"
+        ppl = [value.get("PPL") for key, value in row.items() if key.startswith("label: ")]
+        if len(ppl) < 2 or not all(isinstance(value, (int, float)) for value in ppl) or "gold" not in row:
+            raise UserError(f"{where} has no PPL per choice or no gold answer; give predictions of a PPL task.")
+        yield _checked(
+            Item(
+                task=file.stem,
+                id=name,
+                measure="whole",
+                ppl=ppl,
+                prediction=str(row["prediction"]),
+                gold=str(row["gold"]),
+            ),
+            where,
+        )
+
+
+def _sample(task: str, row: dict[str, Any], where: str) -> Item:
+    """An lm-eval sample: log-likelihoods of the choices, divided by their bytes."""
+    arguments = [list(value.values()) for value in row.get("arguments", {}).values()]
+    try:
+        scores = [float(answer[0]) for answer in row["filtered_resps"]]
+        ppl = [-score / len(call[1].encode()) for score, call in zip(scores, arguments, strict=True)]
+        gold = _gold(row["target"], [call[1] for call in arguments])
+        name = str(row["doc_id"])
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        raise UserError(f"{where} is no multiple-choice sample with log-likelihoods; give such tasks only.") from error
+    prediction = str(min(range(len(ppl)), key=ppl.__getitem__))
+    return _checked(Item(task=task, id=name, measure="choice", ppl=ppl, prediction=prediction, gold=gold), where)
+
+
+def _gold(target: Any, choices: list[str]) -> str:
+    """The right choice's number: given as such, or by its text. Errors: ValueError."""
+    text = str(target).strip()
+    return text if text.isdigit() else str([choice.strip() for choice in choices].index(text))
+
+
+def _checked(item: Item, where: str) -> Item:
+    if len(item.ppl) < 2:
+        raise UserError(f"{where} has {len(item.ppl)} choice; a question has two or more.")
+    if not all(math.isfinite(value) for value in item.ppl):
+        raise UserError(f"{where} has a PPL that is no number; evaluate the model again.")
+    return item
