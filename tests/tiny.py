@@ -132,7 +132,7 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "mixtral-tied": _like_llama("mixtral", num_local_experts=3, num_experts_per_tok=1, tie_word_embeddings=True),
     "qwen3_moe": _qwen3_moe(mlp_only_layers=[0, 4], use_sliding_window=True, sliding_window=_WINDOW),
     "qwen3_moe-period": _qwen3_moe(decoder_sparse_step=2, norm_topk_prob=True, attention_bias=True),
-    "qwen3_moe-both": _qwen3_moe(decoder_sparse_step=2, mlp_only_layers=[3], tie_word_embeddings=True),
+    "qwen3_moe-both": _qwen3_moe(decoder_sparse_step=2, mlp_only_layers=[1, 4], tie_word_embeddings=True),
 }
 
 

@@ -127,8 +127,8 @@ def family_of(config: PretrainedConfig) -> Family:
         )
     if not type(config).__module__.startswith("transformers."):
         raise UserError(
-            f"model type {kind!r} runs its own code, which is {NOT_PROVEN}; give one whose code is in transformers, "
-            "or this one without --trust-remote-code if transformers knows it."
+            f"model type {kind!r} runs its own code, which is {NOT_PROVEN}; give a model that transformers knows, "
+            "or this one without --trust-remote-code if it does."
         )
     if kind not in FAMILIES:
         raise UserError(f"model type {kind!r} is {_why_not(config)}; proven are {_known()}.")
