@@ -253,6 +253,8 @@ def test_code_of_its_own_is_refused_even_when_it_is_trusted(cli, tmp_path_factor
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
     given = ("compress", folder, "--data", text_file, "-o", "out", "--remove", "2", "--trust-remote-code")
     refused(cli(*given), "'mine' runs its own code, which is not proven")
+    change_config(model_type="llama", auto_map={"AutoModelForCausalLM": "modeling_mine.Mine"})(folder)
+    refused(cli(*given), "model code of its own, which is not proven")
     assert not list(tmp_path.iterdir())
 
 

@@ -270,6 +270,12 @@ def test_removing_nothing_keeps_every_bit(name):
         assert torch.equal(built.state_dict()[key], value), key
 
 
+def test_the_sources_own_code_is_not_named_in_the_new_configuration():
+    config = tiny._llama(auto_map={"AutoModelForCausalLM": "modeling_mine.Mine"})
+    new = sliced_config(config, [0, 1])
+    assert "auto_map" not in new.to_dict() and "auto_map" in config.to_dict()
+
+
 def test_config_keys_that_depend_on_layer_numbers_are_sliced():
     config = Qwen2Config(
         num_hidden_layers=6,
@@ -296,7 +302,7 @@ def test_config_keys_that_depend_on_layer_numbers_are_sliced():
         (AutoConfig.for_model("diffllama"), "computed with the number of each layer"),
         (AutoConfig.for_model("gemma3n_text"), "share keys and values"),
         (AutoConfig.for_model("gptj", n_layer=2, n_embd=64, n_head=4, rotary_dim=8), r"not proven .*transformer.h: it"),
-        (AutoConfig.for_model("codegen", n_head=5), r"not proven to survive the removal of layers; proven are"),
+        (AutoConfig.for_model("codegen", n_head=5), r"not proven to survive the removal of layers; give another"),
         (AutoConfig.for_model("gpt2", scale_attn_by_inverse_layer_idx=True), "scaled by the layer's number"),
         (AutoConfig.for_model("gpt2", add_cross_attention=True), "an encoder; give"),
         (AutoConfig.for_model("gemma2", use_bidirectional_attention=True), "see later ones"),

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from llm_streamline.errors import UserError, reason
-from llm_streamline.families import family_of, layers_prefix
+from llm_streamline.families import NOT_PROVEN, family_of, layers_prefix
 from llm_streamline.files import sha256
 
 BUNDLED = "bundled"
@@ -49,6 +49,11 @@ def load_config(source: Source) -> PretrainedConfig:
     except Exception as error:  # configurations are validated by several libraries, each with its own exceptions
         raise UserError(_no_config(source, error)) from error
     family_of(config)
+    if source.trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+        raise UserError(
+            f"{source.name} would run model code of its own, which is {NOT_PROVEN}; "
+            "leave out --trust-remote-code to use the code in transformers."
+        )
     if getattr(config, "quantization_config", None):
         raise UserError(f"{source.name} is quantised, which cannot be trained or cut; give the model it was made from.")
     return config

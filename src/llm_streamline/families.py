@@ -102,6 +102,7 @@ _UNFIT = {
     "one whose layers share keys and values with earlier ones": "gemma3n gemma3n_text gemma4 gemma4_text",
 }
 REASONS = {name: reason for reason, names in _UNFIT.items() for name in names.split()}
+_LISTED = "'llm-streamline families' lists what is proven"
 NOT_PROVEN = "not proven to survive the removal of layers"
 
 # Config keys that bite when layers go. Forgetting one fails silently: the model loads and computes something else.
@@ -119,19 +120,17 @@ def family_of(config: PretrainedConfig) -> Family:
     """The family's row. Errors: UserError for what is no causal LM, or not proven, with the reason."""
     kind = config.model_type
     if getattr(config, "is_encoder_decoder", False):
-        raise UserError(f"model type {kind!r} is an encoder-decoder; give a decoder-only causal LM ({_known()}).")
+        raise UserError(f"model type {kind!r} is an encoder-decoder; give a decoder-only causal LM: {_LISTED}.")
     names = getattr(config, "architectures", None) or []
     if names and not any("CausalLM" in name or "LMHead" in name for name in names):
-        raise UserError(
-            f"the checkpoint holds {names[0]}, which is no causal LM; give a decoder-only one ({_known()})."
-        )
+        raise UserError(f"the checkpoint holds {names[0]}, which is no causal LM; give a decoder-only one: {_LISTED}.")
     if not type(config).__module__.startswith("transformers."):
         raise UserError(
             f"model type {kind!r} runs its own code, which is {NOT_PROVEN}; give a model that transformers knows, "
             "or this one without --trust-remote-code if it does."
         )
     if kind not in FAMILIES:
-        raise UserError(f"model type {kind!r} is {_why_not(config)}; proven are {_known()}.")
+        raise UserError(f"model type {kind!r} is {_why_not(config)}; give another: {_LISTED}.")
     _refuse_options(FAMILIES[kind], config)
     return FAMILIES[kind]
 
@@ -143,10 +142,6 @@ def _refuse_options(family: Family, config: PretrainedConfig) -> None:
             raise UserError(
                 f"model type {config.model_type!r} with {option} is {NOT_PROVEN}, as {why}; give a model without it."
             )
-
-
-def _known() -> str:
-    return ", ".join(FAMILIES)
 
 
 def _why_not(config: PretrainedConfig) -> str:
@@ -197,6 +192,8 @@ def sliced_config(config: PretrainedConfig, sources: Sequence[int]) -> Pretraine
     if more:
         changes |= more(changes)
     new = copy.deepcopy(config)
+    if hasattr(new, "auto_map"):  # names files of code that came with the source and are not carried along
+        del new.auto_map
     for key, value in changes.items():
         setattr(new, key, value)
     return new
