@@ -119,7 +119,7 @@ def table(found: list[dict[str, Any]]) -> None:
     for row in found:
         groups[row["replace"], row["init"] if row["replace"] != "none" else ""].append(row)
     layer = [row["seconds"] + row["frozen"] for row in groups["layer", "inherited"]]
-    none = mean(row["excess"] for row in groups["none", ""])
+    none = {row["seed"]: row["excess"] for row in groups["none", ""]}
     print(
         "| replacement | start | trained parameters | excess, nats | of `none` | distillation loss | time / `layer` |"
     )
@@ -128,7 +128,7 @@ def table(found: list[dict[str, Any]]) -> None:
         excess = [row["excess"] for row in rows_]
         spread = f" ± {stdev(excess):.3f}" if len(excess) > 1 else ""
         text = f"| `{replace}` | {init} | {rows_[0].get('trained', 0):,} | {mean(excess):.3f}{spread} "
-        text += f"| {mean(excess) / none:.2f} "
+        text += f"| {mean(row['excess'] / none[row['seed']] for row in rows_):.2f} "
         if "seconds" in rows_[0]:
             seconds = [row["seconds"] + row["frozen"] for row in rows_]
             text += f"| {mean(row['distillation'] for row in rows_):.4f} | {mean(seconds) / mean(layer):.2f} |"

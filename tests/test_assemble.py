@@ -134,11 +134,17 @@ def test_wrong_surgery_is_not_published_by_the_fresh_process_either(tmp_path, mo
 
 
 def test_a_replacement_put_in_untrained_is_not_published(tmp_path, monkeypatch, in_this_process):
-    parts = make_parts(occupied=1)
-    monkeypatch.setattr(LayerPlan, "sources", lambda self: [0, 1, 4, 5])
-    monkeypatch.setattr(LayerPlan, "replaced", lambda self: range(0))  # its place keeps the source's weights
+    real = assemble_module._moved_weights
+
+    def untrained(parts, sources):
+        weights, counts = real(parts, sources)
+        place = f"model.layers.{WINDOW.start}."
+        source = parts.source.state_dict()
+        return {key: source[key] if key.startswith(place) else value for key, value in weights.items()}, counts
+
+    monkeypatch.setattr(assemble_module, "_moved_weights", untrained)
     with pytest.raises(VerificationError, match="logits differ"):
-        write(parts, tmp_path / "model")
+        write(make_parts(occupied=1), tmp_path / "model")
 
 
 def test_a_cache_that_disagrees_is_not_published(tmp_path, monkeypatch, in_this_process):

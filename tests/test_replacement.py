@@ -126,7 +126,7 @@ def folder(tmp_path):
 
 
 def recipe(model: Path, text: Path, **changes) -> Recipe:
-    values = {"window": "2:5", "tokens": 4000, "block": 64, "batch": 4, "lr": 3e-3, "calibration_tokens": 1000}
+    values = {"window": "2:5", "tokens": 2500, "block": 64, "batch": 4, "lr": 3e-3, "calibration_tokens": 1000}
     values |= {"validation_tokens": 1000, "custom_code": True}
     return Recipe(model=str(model), data=str(text), **{**values, **changes})
 

@@ -82,6 +82,8 @@ def test_extreme_values_neither_overflow_nor_rank():
     found = compare(before, before)
     assert found.stability == 1.0 and found.effective_items == pytest.approx(1.0) and not found.ranks
     assert weights(before).sum() == pytest.approx(1.0)
+    found = compare(before, [one.model_copy(update={"prediction": "1"}) if one.id == "x" else one for one in before])
+    assert found.stability == 0.0 and all(0 <= end <= 1 for end in found.stability_interval)
 
 
 def test_weights_are_the_first_models_alone():
@@ -160,13 +162,37 @@ def test_samples_of_lm_eval_are_read_as_choice_only_per_byte(tmp_path):
     assert len(items) == 2, "of two logs of one task, the last"
 
 
+def test_choices_that_differ_in_the_context_alone_are_refused(tmp_path):
+    # winogrande's log gives the continuation as the target: both choices have the same, so the right one is not said
+    row = sample(0, [-9.0, -1.0], "because it broke", ["because it broke"] * 2)
+    row["arguments"]["gen_args_1"]["arg_0"] = "another"
+    write(tmp_path / "samples_winogrande_2026-01-01T00-00-00.1.jsonl", [row])
+    with pytest.raises(UserError, match="not told apart by their own text"):
+        read_items(tmp_path)
+
+
+def test_lines_end_at_line_feeds_only(tmp_path):
+    row = sample(0, [-9.0, -1.0], 0, [" a\u2028b", " c\x85"])
+    path = tmp_path / "samples_t_2026-01-01T00-00-00.1.jsonl"
+    path.write_text("\ufeff" + json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert len(read_items(path)["t"]) == 1
+
+
 @pytest.mark.parametrize(
     ("name", "text", "words"),
     [
+        ("t.jsonl", "5\n", "line 1, is no item"),
+        ("samples_t_2026-01-01T00.jsonl", "5\n", "no multiple-choice sample"),
+        ("samples_t_2026-01-01T00.jsonl", '{"doc_id": 0, "arguments": [["a"]]}\n', "no multiple-choice sample"),
+        ("samples_t_2026-01-01T00.jsonl", '{"doc_id": 0, "arguments": null}\n', "no multiple-choice sample"),
+        ("t.json", '{"0": {"label: 0": 3.0, "prediction": "A", "gold": "A"}}', "item 0, has no PPL per choice"),
+        ("t.json", '{"0": {"label: 0": {"PPL": true}, "prediction": "A", "gold": "A"}}', "item 0, has no PPL"),
+        ("t.json", '{"0": {"label: 0": {"PPL": 1}, "prediction": null, "gold": null}}', "item 0, has no PPL"),
+        ("t.json", "[" * 100_000, "is not JSON"),
         ("t.jsonl", '{"task": "t"}\n', "line 1, is no item of an evaluation"),
         ("t.jsonl", '{"task": \n', "line 1, is not JSON"),
         ("t.json", "{", "is not JSON"),
-        ("t.json", '{"0": {"prediction": "A", "gold": "A"}}', "item 0, has no PPL per choice"),
+        ("t.json", '{"0": {"prediction": "A", "gold": "A"}}', "item 0, has 0 choice"),
         ("t.json", '{"results": {}}', "holds no items"),
         ("samples_t_2026-01-01T00.jsonl", '{"doc_id": 0, "resps": [["text"]]}\n', "no multiple-choice sample"),
     ],
@@ -190,7 +216,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
     with pytest.raises(UserError, match="another question"):
         compare(items, [one.model_copy(update={"gold": "x"}) for one in items])
     with pytest.raises(UserError, match="a PPL that is no number"):
-        write(tmp_path / "a.jsonl", [{**json.loads(items[0].model_dump_json()), "ppl": [1.0, "NaN"]}])
+        write(tmp_path / "a.jsonl", [{**json.loads(items[0].model_dump_json()), "ppl": [1.0, math.nan]}])
         read_items(tmp_path / "a.jsonl")
     with pytest.raises(UserError, match="neither a file nor a folder"):
         read_items(tmp_path / "nowhere")

@@ -53,28 +53,28 @@ def _newest(files: list[Path]) -> list[Path]:
 
 
 def _read(file: Path) -> Iterator[Item]:
-    """The items of one file; none where it holds something else, as folders of results do."""
+    """The items of one file; none where it holds something else, as folders of results do. Errors: UserError."""
+    where = str(file)
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
         if file.suffix == ".json":
             yield from _opencompass(file, json.loads(text))
             return
         match = _SAMPLES.fullmatch(file.name)
-        for number, line in enumerate(text.splitlines(), start=1):
+        for number, line in enumerate(text.split("\n"), start=1):  # splitlines would also split inside of strings
             if line.strip():
                 where = f"{file}, line {number},"
                 row = json.loads(line)
                 yield _sample(match["task"], row, where) if match else _own(row, where)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file} cannot be read ({reason(error)}); give {_KINDS}.") from error
-    except json.JSONDecodeError as error:
-        where = f"{file}" if file.suffix == ".json" else where
-        raise UserError(f"{where} is not JSON ({error.msg}); give {_KINDS}.") from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{where} is not JSON ({getattr(error, 'msg', 'too deep')}); give {_KINDS}.") from error
 
 
 def _own(row: Any, where: str) -> Item:
     try:
-        return _checked(Item.model_validate(row), where)
+        return _checked(Item.model_validate(row, strict=True), where)
     except ValidationError as error:
         raise UserError(f"{where} is no item of an evaluation; give {_KINDS}.") from error
 
@@ -86,32 +86,43 @@ def _opencompass(file: Path, rows: Any) -> Iterator[Item]:
         return
     for name, row in rows.items():
         where = f"{file}, item {name},"
-        ppl = [value.get("PPL") for key, value in row.items() if key.startswith("label: ")]
-        if len(ppl) < 2 or not all(isinstance(value, (int, float)) for value in ppl) or "gold" not in row:
-            raise UserError(f"{where} has no PPL per choice or no gold answer; give predictions of a PPL task.")
-        yield _checked(
-            Item(
-                task=file.stem,
-                id=name,
-                measure="whole",
-                ppl=ppl,
-                prediction=str(row["prediction"]),
-                gold=str(row["gold"]),
-            ),
-            where,
-        )
+        try:
+            ppl = [_number(value["PPL"]) for key, value in row.items() if key.startswith("label: ")]
+            answers = [_answer(row[key]) for key in ("prediction", "gold")]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{where} has no PPL per choice, prediction or gold answer; give predictions of a PPL task."
+            ) from error
+        item = Item(task=file.stem, id=name, measure="whole", ppl=ppl, prediction=answers[0], gold=answers[1])
+        yield _checked(item, where)
 
 
-def _sample(task: str, row: dict[str, Any], where: str) -> Item:
-    """An lm-eval sample: log-likelihoods of the choices, divided by their bytes."""
-    arguments = [list(value.values()) for value in row.get("arguments", {}).values()]
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError("no number")
+    return float(value)
+
+
+def _answer(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, (int, str)):
+        raise TypeError("no answer")
+    return str(value)
+
+
+def _sample(task: str, row: Any, where: str) -> Item:
+    """An lm-eval sample: log-likelihoods of the choices, divided by their bytes. Errors: UserError."""
     try:
+        calls = [(call["arg_0"], call["arg_1"]) for call in row["arguments"].values()]
         scores = [float(answer[0]) for answer in row["filtered_resps"]]
-        ppl = [-score / len(call[1].encode()) for score, call in zip(scores, arguments, strict=True)]
-        gold = _gold(row["target"], [call[1] for call in arguments])
-        name = str(row["doc_id"])
+        ppl = [-score / len(text.encode()) for score, (_, text) in zip(scores, calls, strict=True)]
+        gold, name = _gold(row["target"], [text for _, text in calls]), _answer(row["doc_id"])
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         raise UserError(f"{where} is no multiple-choice sample with log-likelihoods; give such tasks only.") from error
+    if len({context for context, _ in calls}) > 1 or len({text for _, text in calls}) < len(calls):
+        raise UserError(
+            f"{where} has choices that are not told apart by their own text (they differ in the context, as in "
+            "winogrande), whose right answer the log does not say; leave this task out."
+        )
     prediction = str(min(range(len(ppl)), key=ppl.__getitem__))
     return _checked(Item(task=task, id=name, measure="choice", ppl=ppl, prediction=prediction, gold=gold), where)
 
@@ -119,7 +130,10 @@ def _sample(task: str, row: dict[str, Any], where: str) -> Item:
 def _gold(target: Any, choices: list[str]) -> str:
     """The right choice's number: given as such, or by its text. Errors: ValueError."""
     text = str(target).strip()
-    return text if text.isdigit() else str([choice.strip() for choice in choices].index(text))
+    number = int(text) if text.isdigit() else [choice.strip() for choice in choices].index(text)
+    if number >= len(choices):
+        raise ValueError("no such choice")
+    return str(number)
 
 
 def _checked(item: Item, where: str) -> Item:

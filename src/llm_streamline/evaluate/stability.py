@@ -119,6 +119,9 @@ def _interval(weight: Values, value: Values) -> tuple[float, float]:
     if np.ptp(value) == 0:
         return (float(value[0]), float(value[0]))
 
+    # a resample in which every weight is 0 to the computer's precision says nothing: tiny weights keep it a number
+    weight = np.maximum(weight, np.finfo(float).tiny * 1e20)
+
     def mean(weight: Values, value: Values, axis: int = -1) -> Values:
         return (weight * value).sum(axis=axis) / weight.sum(axis=axis)
 
