@@ -104,3 +104,18 @@ def test_a_given_window_is_taken_and_compared_with_the_best_cut_inside_it():
 def test_what_no_window_can_give_is_refused_before_anything_is_measured(recipe, words):
     with pytest.raises(UserError, match=words):
         check_request(SHAPE, Recipe(model="m", **recipe))
+
+
+def test_the_advice_on_max_params_can_be_followed():
+    ends = {"replace": "none", "protect_first": 0, "protect_last": 0}
+    with pytest.raises(UserError, match="still has 110 parameters"):
+        plan(max_params=105, **ends)
+    assert plan(max_params=110, **ends).parameters_after == 110
+
+
+def test_a_network_is_counted_and_refused_where_it_has_more_than_what_goes():
+    recipe = Recipe(model="m", remove="2", replace="ffn", custom_code=True)
+    found = choose(similarity({3: 3}), SHAPE.model_copy(update={"network": 12}), recipe)
+    assert found.parameters_after == SHAPE.total - 30 + 12 and found.custom_code
+    with pytest.raises(UserError, match="has more parameters than layers"):
+        choose(similarity({3: 3}), SHAPE.model_copy(update={"network": 30}), recipe)

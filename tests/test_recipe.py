@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import yaml
 
@@ -103,3 +105,10 @@ def test_unreadable_recipe_files(tmp_path):
 def test_recipe_and_runtime_share_no_field():
     assert not set(Recipe.model_fields) & set(Runtime.model_fields)
     assert all(field.description for schema in (Recipe, Runtime) for field in schema.model_fields.values())
+
+
+def test_data_takes_paths_and_no_empty_name():
+    assert Recipe(model="m", data=Path("a.txt")).data == ("a.txt",)
+    assert Recipe(model="m", data=[Path("a.txt"), "b.txt"]).data == ("a.txt", "b.txt")
+    with pytest.raises(UserError, match="a name is empty"):  # as an unset shell variable gives it
+        Recipe(model="m", data="")

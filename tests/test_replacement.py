@@ -18,7 +18,7 @@ from llm_streamline.families import layers_of
 from llm_streamline.networks import FeedForward, GatedFeedForward, NetworkLayer
 from llm_streamline.recipe import Recipe, Runtime
 from llm_streamline.replacement import build_replacement
-from llm_streamline.run import compress
+from llm_streamline.run import compress, plan_only
 from tests import tiny
 
 FAMILIES = [name for name in ("llama", "opt", "gemma2", "gpt_neox", "qwen3_moe") if name in tiny.CONFIGS]
@@ -67,13 +67,33 @@ def test_swiglu_inherits_the_first_pruned_layers_mlp():
         assert torch.equal(layer.network.state_dict()[key], value)
 
 
+def test_the_residual_form_inherits_the_norm_too_and_so_is_the_mlp_at_first():
+    model = tiny.make_model("llama")
+    layer, source = build_replacement(model, [2], "inherited", 0, "swiglu:residual")[0], layers_of(model)[2]
+    with torch.no_grad():
+        expected = HIDDEN + source.mlp(source.post_attention_layernorm(HIDDEN))
+        torch.testing.assert_close(layer(HIDDEN), expected)
+
+
+def test_a_refusal_is_judged_where_the_window_begins(folder, tmp_path):
+    # layers 0 and 4 have an MLP, the others experts
+    model, text = folder("qwen3_moe"), tiny.write_jsonl(tmp_path / "text.jsonl", tiny.make_documents(200))
+    settings = {"replace": "swiglu", "init": "inherited"}
+    assert plan_only(recipe(model, text, window="4:6", protect_last=0, **settings), Runtime(quiet=True)).custom_code
+    with pytest.raises(UserError, match="cannot inherit"):
+        plan_only(recipe(model, text, window="2:4", **settings), Runtime(quiet=True))
+
+
 def test_ffn_inherits_where_the_model_has_the_same_network():
     model = tiny.make_model("opt-wide")
     layer = build_replacement(model, [2], "inherited", 0, "ffn")[0]
     assert torch.equal(layer.network.fc1.weight, layers_of(model)[2].fc1.weight)
 
 
-@pytest.mark.parametrize(("replace", "name"), [("ffn", "llama"), ("swiglu", "opt"), ("ffn:residual", "llama")])
+@pytest.mark.parametrize(
+    ("replace", "name"),
+    [("ffn", "llama"), ("swiglu", "opt"), ("ffn:residual", "opt-wide"), ("swiglu", "llama-tied"), ("swiglu", "gemma2")],
+)
 def test_what_has_nothing_to_inherit_is_refused(replace, name):
     with pytest.raises(UserError, match=r"cannot inherit.*--init random"):
         network(replace, name, "inherited")
@@ -107,9 +127,8 @@ def test_an_mlp_has_silent_attention_and_trains_only_what_still_acts(name, init)
     assert acts <= trained and all("norm" in key or "ln_" in key for key in trained - acts)
     source = layers_of(model)[2].state_dict()
     inherited = [key for key, parameter in layer.named_parameters() if parameter.requires_grad]
-    assert inherited and all(torch.equal(layer.state_dict()[key], source[key]) for key in inherited) == (
-        init == "inherited"
-    )
+    same = [torch.equal(layer.state_dict()[key], source[key]) for key in inherited]
+    assert inherited and (all(same) if init == "inherited" else not any(same))
 
 
 def test_an_mlp_is_refused_where_no_layer_can_be_the_identity():

@@ -143,6 +143,7 @@ def test_weights_make_pools_and_a_file_named_so_wins(tmp_path, monkeypatch):
         ("b*.jsonl", 0.3),
     ]
     assert Source.parse("c.jsonl@2") == Source("c.jsonl@2") and Source.parse("a.jsonl@2") == Source("a.jsonl", 2.0)
+    assert Source.parse("me@corp/*.jsonl") == Source("me@corp/*.jsonl")
     assert Source.parse("hub:me/set:test@2").hub == "me/set:test" and Source("hub:me/set").hub == "me/set:train"
 
 

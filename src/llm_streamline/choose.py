@@ -24,6 +24,12 @@ def choose(similarity: Similarity, shape: ModelShape, recipe: Recipe) -> LayerPl
         window = most_similar(similarity, net + recipe.occupied, recipe)
         plain = most_similar(similarity, net, recipe)
         why = _why(similarity, window, recipe)
+    after = parameters_after(shape, window, recipe.occupied)
+    if after >= shape.total:
+        raise UserError(
+            f"--replace {recipe.replace} has more parameters than layers {window} it stands for "
+            f"({shape.total:,} -> {after:,}); remove more layers, or use another replacement."
+        )
     return LayerPlan(
         model=shape.name,
         model_type=shape.model_type,
@@ -33,7 +39,7 @@ def choose(similarity: Similarity, shape: ModelShape, recipe: Recipe) -> LayerPl
         custom_code=recipe.network,
         occupied=recipe.occupied,
         parameters_before=shape.total,
-        parameters_after=parameters_after(shape, window, recipe.occupied),
+        parameters_after=after,
         similarity=similarity.of(window),
         similarity_se=similarity.error_of(window),
         plain_window=plain,
@@ -42,13 +48,14 @@ def choose(similarity: Similarity, shape: ModelShape, recipe: Recipe) -> LayerPl
     )
 
 
-def check_request(shape: ModelShape, recipe: Recipe) -> None:
-    """Refuse, before anything is measured, what no window can give. Errors: UserError."""
+def check_request(shape: ModelShape, recipe: Recipe) -> range:
+    """Where windows can begin. Errors: UserError, before anything is measured, for what no window can give."""
     check_protected(shape, recipe)
     if recipe.window is not None:
-        _given_window(recipe, shape)
-    else:
-        net_layers(recipe, shape)
+        window = _given_window(recipe, shape)
+        return range(window.start, window.start + 1)
+    length = net_layers(recipe, shape) + recipe.occupied
+    return range(recipe.protect_first, shape.num_layers - recipe.protect_last - length + 1)
 
 
 def check_protected(shape: ModelShape, recipe: Recipe) -> None:
@@ -107,22 +114,18 @@ def _layers_for(max_params: int, shape: ModelShape, recipe: Recipe) -> int:
         raise UserError(
             f"--max-params {max_params:,} is no less than the {shape.total:,} that {shape.name} has; ask for fewer."
         )
+    fewest = shape.total
     for net in range(1, _most(shape.num_layers, recipe) + 1):
         length = net + recipe.occupied
         starts = range(recipe.protect_first, shape.num_layers - recipe.protect_last - length + 1)
         windows = (Window(start=start, stop=start + length) for start in starts)
-        if all(parameters_after(shape, window, recipe.occupied) <= max_params for window in windows):
+        fewest = max(parameters_after(shape, window, recipe.occupied) for window in windows)
+        if fewest <= max_params:
             return net
     raise UserError(
         f"--max-params {max_params:,} cannot be reached: without the layers that may go, {shape.name} still has "
-        f"{shape.total - _removable(shape, recipe):,} parameters; ask for that many at least."
+        f"{fewest:,} parameters; ask for that many at least, or lower --protect-first or --protect-last."
     )
-
-
-def _removable(shape: ModelShape, recipe: Recipe) -> int:
-    last = shape.num_layers - recipe.protect_last
-    most = Window(start=recipe.protect_first, stop=last)
-    return shape.total - parameters_after(shape, most, recipe.occupied)
 
 
 def parameters_after(shape: ModelShape, window: Window, occupied: int) -> int:

@@ -42,15 +42,16 @@ NETWORKS: dict[str, type[nn.Module]] = {"ffn": FeedForward, "swiglu": GatedFeedF
 class NetworkLayer(nn.Module):
     """f(x), which predicts the whole state as in the paper; or, in the residual form, x + f(rmsnorm(x)).
 
-    Takes a decoder layer's arguments and returns the hidden state (B, T, D). `spec` has `kind`, `residual`, `width`
-    and `inner`; in a model also `place`, the layer's number, and `outputs`, how many values its layers return.
+    Takes a decoder layer's arguments and returns the hidden state (B, T, D). `spec` has `kind`, `residual`, `width`,
+    `inner` and `eps`, the norm's; in a model also `place`, the layer's number, and `outputs`, how many values its
+    layers return in a tuple, 0 for none.
     """
 
     def __init__(self, spec: dict[str, Any]) -> None:
         nn.Module.__init__(self)  # not super(): in a model, the class after this one is the family's own layer
         self.spec = spec
         self.network = NETWORKS[spec["kind"]](spec["width"], spec["inner"])
-        self.norm = nn.RMSNorm(spec["width"], eps=1e-6) if spec["residual"] else None
+        self.norm = nn.RMSNorm(spec["width"], eps=spec["eps"]) if spec["residual"] else None
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         if "place" in self.spec:

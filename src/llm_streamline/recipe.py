@@ -31,8 +31,13 @@ def as_text(value: Any) -> Any:
 
 
 def as_several(value: Any) -> Any:
-    """One name as a tuple of one."""
-    return (value,) if isinstance(value, str) else value
+    """One name, or path, as a tuple of one; paths as names. Errors: ValueError for an empty name."""
+    several = (value,) if isinstance(value, (str, Path)) else value
+    if isinstance(several, (tuple, list)):
+        several = tuple(str(one) if isinstance(one, Path) else one for one in several)
+        if "" in several:
+            raise ValueError("a name is empty")
+    return several
 
 
 def check_replace(value: str) -> str:

@@ -72,7 +72,8 @@ def network_spec(replace: str, config: PretrainedConfig) -> dict[str, Any] | Non
         return None
     width = config.hidden_size
     inner = 4 * width if kind == "ffn" else inner_width(config)
-    return {"kind": kind, "residual": form == "residual", "width": width, "inner": inner}
+    eps = getattr(config, "rms_norm_eps", 1e-6)
+    return {"kind": kind, "residual": form == "residual", "width": width, "inner": inner, "eps": eps}
 
 
 def _networks(model: PreTrainedModel, places: Sequence[int], init: str, seed: int, replace: str) -> ReplacementLayers:
@@ -90,19 +91,43 @@ def _networks(model: PreTrainedModel, places: Sequence[int], init: str, seed: in
 
 
 def _inherit(layer: NetworkLayer, source: nn.Module, config: PretrainedConfig, replace: str) -> None:
-    """Take the source layer's MLP weights where it is the same network. Errors: UserError."""
-    network, activation = layer.network, {"ffn": "relu", "swiglu": "silu"}[replace.partition(":")[0]]
-    names = {key: value.shape for key, value in network.state_dict().items()}
+    """Take the source layer's MLP, and its norm in the residual form, where they are the same. Errors: UserError."""
+    weights, norm = _same_network(layer.network, source, config, replace), None
+    if layer.norm is not None:
+        norm = _norm_before_mlp(source, config)
+    if weights is None or (layer.norm is not None and norm is None):
+        raise UserError(
+            f"--replace {replace} cannot inherit: the model's own MLP is another network (another form, width, norm or "
+            "activation); use --init random, or --replace mlp."
+        )
+    layer.network.load_state_dict(weights)
+    if layer.norm is not None and norm is not None:
+        layer.norm.weight.data.copy_(norm)
+
+
+def _same_network(
+    network: nn.Module, source: nn.Module, config: PretrainedConfig, replace: str
+) -> dict[str, Tensor] | None:
+    """The weights of the source layer's MLP, where it has just those of `network`, in the same shapes."""
+    shapes = {key: value.shape for key, value in network.state_dict().items()}
+    parts = {key.partition(".")[0] for key in shapes}
     own = getattr(config, "hidden_act", None) or getattr(config, "activation_function", None)
-    for module in (source, getattr(source, "mlp", None)):
-        weights = module.state_dict() if module is not None else {}
-        if own == activation and all(key in weights and weights[key].shape == names[key] for key in names):
-            network.load_state_dict({key: weights[key].float() for key in names})
-            return
-    raise UserError(
-        f"--replace {replace} cannot inherit: the model's own MLP is another network (another form, width or "
-        "activation); use --init random, or --replace mlp."
-    )
+    if own != {"ffn": "relu", "swiglu": "silu"}[replace.partition(":")[0]]:
+        return None
+    for module in filter(None, (source, getattr(source, "mlp", None))):
+        weights = {key: value for key, value in module.state_dict().items() if key.partition(".")[0] in parts}
+        if {key: value.shape for key, value in weights.items()} == shapes:
+            return {key: value.float() for key, value in weights.items()}
+    return None
+
+
+def _norm_before_mlp(source: nn.Module, config: PretrainedConfig) -> Tensor | None:
+    """The weight of the one norm that feeds the MLP, where it is one without a bias and none follows the MLP."""
+    *norms, last = family_of(config).mlp
+    if len(norms) != 1 or last != "mlp":
+        return None
+    weights = source.get_submodule(norms[0]).state_dict()
+    return weights["weight"].float() if set(weights) == {"weight"} else None
 
 
 def _silence_attention(layers: nn.ModuleList, config: PretrainedConfig) -> None:

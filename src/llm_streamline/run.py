@@ -45,7 +45,7 @@ def compress(recipe: Recipe, runtime: Runtime | None = None) -> Result:
     remove_leftovers(folder.path)
     similarity = folder.stage("similarity.json", Similarity, lambda: measure(work))
     folder.stage("inputs.json", Inputs, work.inputs)
-    plan = folder.stage("plan.json", LayerPlan, lambda: choose(similarity, work.shape, recipe))
+    plan = folder.stage("plan.json", LayerPlan, lambda: decide(work, similarity))
     say(describe(plan), runtime.quiet)
     draw_choice(similarity, plan, folder)
     fit = train_replacement(work, plan, folder)
@@ -61,12 +61,19 @@ def plan_only(recipe: Recipe, runtime: Runtime) -> LayerPlan:
         RunFolder.open(runtime.output, recipe)
     work = Workspace(recipe, runtime)
     check_all(work)
-    return choose(measure(work), work.shape, recipe)
+    return decide(work, measure(work))
+
+
+def decide(work: Workspace, similarity: Similarity) -> LayerPlan:
+    """Stage 2: the window. Errors: UserError where its first layers cannot give what is to stand in."""
+    plan = choose(similarity, work.shape, work.recipe)
+    work.check_replacement([plan.window.start])
+    return plan
 
 
 def check_all(work: Workspace) -> None:
     """Refuse, before anything is measured, what cannot be done. Errors: UserError."""
-    check_request(work.shape, work.recipe)
+    work.check_replacement(check_request(work.shape, work.recipe))
     rates(work.recipe, work.config.hidden_size)
     check_tracker(work.runtime.tracker)
     assert work.device

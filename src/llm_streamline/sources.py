@@ -35,7 +35,7 @@ class Source:
     def parse(cls, given: str) -> Source:
         """Errors: UserError for a weight that is none. A file that is really named so wins over a weight."""
         name, at, weight = given.rpartition("@")
-        if not at or Path(given).exists():
+        if not at or "/" in weight or Path(given).exists():
             return cls(given)
         try:
             number = float(weight)

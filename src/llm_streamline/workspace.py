@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
@@ -91,15 +91,33 @@ class Workspace:
         return checkpoint.load_config(self.source)
 
     @cached_property
-    def shape(self) -> ModelShape:
-        """Exact parameter counts, from a model without weights. Errors: UserError for an impossible replacement."""
+    def _without_weights(self) -> PreTrainedModel:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(self.config)
-            stand_in = self.replacement(model, [0])
-        total, layers = parameter_counts(model)
-        network = stand_in.count() if self.recipe.network else None
-        kind = self.config.model_type
+            return AutoModelForCausalLM.from_config(self.config)
+
+    @cached_property
+    def shape(self) -> ModelShape:
+        """Exact parameter counts, from a model without weights."""
+        total, layers = parameter_counts(self._without_weights)
+        kind, network = self.config.model_type, None
+        if self.recipe.network:
+            with torch.device("meta"):
+                stand_in = build_replacement(self._without_weights, [0], "random", 0, self.recipe.replace)
+            network = stand_in.count()
         return ModelShape(name=self.recipe.model, model_type=kind, total=total, layers=layers, network=network)
+
+    def check_replacement(self, starts: Iterable[int]) -> None:
+        """Errors: UserError where no window that begins at one of `starts` can be given what the recipe asks for."""
+        refusal = None
+        for start in starts if self.recipe.occupied else ():
+            try:
+                with torch.device("meta"):
+                    self.replacement(self._without_weights, [start])
+                return
+            except UserError as error:
+                refusal = error
+        if refusal:
+            raise refusal
 
     def replacement(self, model: PreTrainedModel, places: Sequence[int]) -> ReplacementLayers:
         """What the recipe puts into those places, untrained. Errors: UserError where the family cannot give it."""
