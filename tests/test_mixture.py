@@ -22,6 +22,9 @@ def recipe(*data, **changes) -> Recipe:
     return Recipe(model="m", data=tuple(map(str, data)), **{**small, **changes})
 
 
+DEFAULTS = {"tokens": None, "calibration_tokens": None, "validation_tokens": None}
+
+
 def read(*data, quiet=True, **changes):
     return read_parts(recipe(*data, **changes), tiny.make_tokenizer(), tiny.CONTEXT, quiet=quiet)
 
@@ -164,8 +167,23 @@ def test_an_explicit_excess_is_refused_and_the_default_takes_what_there_is(files
     with pytest.raises(UserError, match=r"--tokens 900000 is more than the \d+ tokens that the text gives"):
         read(*data, tokens=900_000)
     parts = read(*data, tokens=None, quiet=False)
-    assert 215_000 < parts.training.numel() < 245_000
-    assert "long.jsonl gives" in capsys.readouterr().err.replace("\n", "")
+    got = {name: share.got for name, share in parts.shares.items()}
+    assert got[data[1].rpartition("@")[0]] == pytest.approx(0.75, abs=0.01), "what there is in these shares, no more"
+    assert "training tokens in these shares" in capsys.readouterr().err.replace("\n", "")
+
+
+def test_held_out_text_does_not_use_up_a_scarce_source(tmp_path):
+    for name, count in (("small", 60), ("big", 1200)):
+        tiny.write_jsonl(tmp_path / f"{name}.jsonl", tiny.make_documents(count, seed=count))
+    parts = read(f"{tmp_path / 'small.jsonl'}@7", f"{tmp_path / 'big.jsonl'}@3", **{**DEFAULTS, "tokens": 10_000})
+    assert next(iter(parts.shares.values())).got == pytest.approx(0.7, abs=0.01)
+
+
+def test_a_few_documents_that_hold_most_of_the_text_leave_it_for_training(tmp_path):
+    documents = [*tiny.make_documents(300, words=2), *tiny.make_documents(2, words=7_000, seed=1)]
+    parts = read(tiny.write_jsonl(tmp_path / "tail.jsonl", documents), **DEFAULTS)
+    total = sum(part.numel() for part in (parts.calibration, parts.training, parts.validation))
+    assert parts.training.numel() > 0.6 * total
 
 
 @pytest.mark.parametrize("mixture", ["web", "web=", "=1", "web=0", "web=-1", "web=nan", "a=1,a=2", "a=1,,b=2", ""])

@@ -191,7 +191,7 @@ def test_a_broken_line_is_named_by_its_number(tmp_path):
 def test_unusable_parquet_is_refused(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"has no text in 'text' or .*; its columns are id, words: .*--field"):
         texts(write_parquet(tmp_path / "t.parquet", [{"words": "a", "id": 3}]))
-    with pytest.raises(UserError, match="has no text in 'id'; its columns are id, text"):
+    with pytest.raises(UserError, match="holds no text in 'id', but something else"):
         texts(write_parquet(tmp_path / "t.parquet", rows_of("abc")), field="id")
     with pytest.raises(UserError, match=r"has no domain in 'meta\.source'.* its columns are id, text.*--domain"):
         texts(write_parquet(tmp_path / "t.parquet", rows_of("abc")), domain="meta.source")
@@ -254,10 +254,28 @@ def test_malformed_chats_are_refused(chat):
         messages(chat, lambda: "line 3")
 
 
-def test_empty_chats_and_what_a_template_refuses_are_named(tmp_path):
-    (tmp_path / "t.jsonl").write_text('{"messages": []}')
-    with pytest.raises(UserError, match="line 1, holds a chat without turns"):
-        texts(tmp_path / "t.jsonl")
+def test_turns_without_text_are_left_out_and_text_in_parts_is_joined():
+    parts = [{"type": "text", "text": "one"}, {"type": "image"}, {"type": "text", "text": "two"}]
+    chat = [
+        {"role": "developer", "content": "be brief"},
+        {"role": "user", "content": parts},
+        {"role": "assistant", "content": None, "tool_calls": [{"id": 1}]},
+        {"role": "tool", "content": "3"},
+    ]
+    assert messages(chat, lambda: "line 3") == [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": "one\ntwo"},
+        {"role": "tool", "content": "3"},
+    ]
+
+
+def test_empty_chats_are_no_documents(tmp_path):
+    rows = [{"messages": []}, {"messages": [{"role": "assistant", "content": None}]}, {"messages": CHAT}]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert len(texts(tmp_path / "t.jsonl", render=lambda turns: turns[0]["content"])) == 1
+
+
+def test_what_a_template_refuses_is_named(tmp_path):
     (tmp_path / "t.jsonl").write_text(json.dumps({"messages": CHAT}))
 
     def refuse(turns):

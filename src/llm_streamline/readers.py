@@ -25,7 +25,12 @@ _PIECES, _SMALLEST_PIECE, _LARGEST_PIECE = 256, 4096, 65_536
 _LOOK_AHEAD_BYTES = 256
 _HUB_BUFFER = 10_000
 _HALVES = re.compile("[\ud800-\udfff]")
-_ROLES = {"human": "user", "gpt": "assistant", **{name: name for name in ("user", "assistant", "system", "tool")}}
+_ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "developer": "system",
+    **{name: name for name in ("user", "assistant", "system", "tool")},
+}
 Row = tuple[str | dict[str, Any], Callable[[], str]]  # what was read, and in words where
 
 
@@ -77,6 +82,8 @@ class Schema:
 
     def _rendered(self, chat: list[Any], where: Callable[[], str]) -> str:
         turns = messages(chat, where)
+        if not turns:
+            return ""
         if self.render is None:
             raise UserError(
                 f"{where()} is a chat and the tokenizer has no chat template; "
@@ -97,6 +104,8 @@ def _encodable(text: str) -> str:
 
 
 def no_text(fields: tuple[str, ...], names: Any) -> str:
+    if present := next((name for name in fields if name in names), None):
+        return f"holds no text in {present!r}, but something else; give a field of text, or name another with --field."
     return (
         f"has no text in {' or '.join(map(repr, fields))}; its fields are {', '.join(sorted(names)) or 'none'}: "
         "name the right one with --field."
@@ -124,17 +133,27 @@ def messages(chat: list[Any], where: Callable[[], str]) -> list[dict[str, str]]:
     """The turns of a chat, whichever way they were written. Errors: UserError for a turn without role or text."""
     turns = []
     for turn in chat:
-        pair = (turn.get("role") or turn.get("from"), turn.get("content")) if isinstance(turn, dict) else (None, None)
-        role, text = pair[0], turn.get("value") if pair[1] is None and isinstance(turn, dict) else pair[1]
+        role, text = _turn(turn)
+        if role in _ROLES and text is None:
+            continue  # a call of a tool, or a picture: no text to learn from
         if role not in _ROLES or not isinstance(text, str):
             raise UserError(
                 f"{where()} holds a chat with a malformed turn; every turn is an object with a role "
                 "(user, assistant, system or tool) and content, or ShareGPT's from and value: correct it."
             )
         turns.append({"role": _ROLES[role], "content": _encodable(text)})
-    if not turns:
-        raise UserError(f"{where()} holds a chat without turns; give at least one turn, or leave the row out.")
     return turns
+
+
+def _turn(turn: Any) -> tuple[Any, Any]:
+    """A turn's role and text; text in parts is joined, and None where there is none."""
+    if not isinstance(turn, dict) or not {"content", "value"} & set(turn):
+        return None, ""
+    content = turn.get("content", turn.get("value"))
+    if isinstance(content, list):
+        parts = [part.get("text") for part in content if isinstance(part, dict)]
+        content = "\n".join(part for part in parts if isinstance(part, str)) or None
+    return turn.get("role") or turn.get("from"), content
 
 
 def shuffled_numbers(count: int, seed: int) -> array[int]:

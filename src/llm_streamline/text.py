@@ -34,6 +34,7 @@ VALIDATION_TOKENS = 2**15
 LARGEST_BLOCK = 2048
 SMALL_SHARE = 0.1  # of the text, at most, for calibration and for validation each
 _AT_ONCE = 64  # documents that are tokenized together
+_TOO_LARGE = 1.5  # times a tenth of the text: then calibration or validation is made smaller
 _PATIENCE = 1600  # times as many of a stream in vain: then what is missing is taken not to be there
 
 
@@ -79,6 +80,9 @@ def read_parts(recipe: Recipe, tokenizer: Any, context: int, quiet: bool = False
     sizes = _sizes(recipe, block, _expected_tokens(pools, weights, tokenizer))
     reading = _Reading(pools, weights, tokenizer, block, quiet)
     packers = reading.fill(sizes)
+    if reading.exhausted and (resized := _resized(sizes, recipe, block, reading)):
+        sizes = resized
+        packers = reading.fill(sizes)
     if mixture and reading.others and not any(reading.held.values()):
         raise none_occurs(recipe.mixture or "", recipe.domain, reading.others)
     filled = {part: _interleaved([packer.blocks(part) for packer in packers.values()], recipe.seed) for part in sizes}
@@ -98,17 +102,38 @@ def _sizes(recipe: Recipe, block: int, expected: float | None) -> dict[str, int]
     return {part: tokens // block for part, tokens in wanted.items()}
 
 
+def _resized(sizes: Mapping[str, int], recipe: Recipe, block: int, reading: _Reading) -> dict[str, int] | None:
+    """The parts' sizes for all the text there is, now that it is known; None where they may stay as they are.
+
+    Several domains are trained on as far as the scarcest goes, where no number of tokens was asked for: taking all
+    there is would leave nothing of the shares.
+    """
+    usable = reading.in_shares
+    better = _sizes(recipe, block, usable)
+    small = ("validation", "calibration")
+    if len(reading.held) > 1 and recipe.tokens is None and better["training"]:
+        better["training"] = max(1, int(usable) // block - sum(better[part] for part in small))
+        reading.say(
+            f"the text gives {better['training'] * block:,} training tokens in these shares; with --tokens for more, "
+            "other domains make up for those that are short."
+        )
+        return better
+    # an estimate from a few documents can be far off where a few others hold most of the text
+    return better if any(sizes[part] > _TOO_LARGE * better[part] for part in small) else None
+
+
 def _expected_tokens(pools: list[Pool], weights: Mapping[str, float], tokenizer: Any) -> float | None:
-    """About how many tokens the domains give, from the pools' first documents; None where a size is not known."""
-    total = 0.0
+    """About how many tokens the pools give in their shares, from their first documents; None where one is a stream."""
+    found: list[float] = []
     for pool in pools:
         if pool.count is None:
             return None
         seen: set[bytes] = set()
         head = list(islice((document for document in pool if is_new(document, seen)), _AT_ONCE))
         lengths = [len(ids) for ids in _tokenized([one for one in head if one.domain in weights], tokenizer)]
-        total += pool.count * sum(lengths) / max(1, len(head))
-    return total
+        share = pool.weight / sum(pool.weight for pool in pools)
+        found.append(pool.count * sum(lengths) / max(1, len(head)) / share)
+    return min(found)
 
 
 def _chat_template(tokenizer: Any) -> Callable[[list[dict[str, str]]], str] | None:
@@ -185,9 +210,24 @@ class _Reading:
         self.others: Counter[str] = Counter()
         self._ended: set[str] = set()
 
+    def say(self, sentence: str) -> None:
+        say(sentence, self._quiet)
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether every domain was read to its end and had too little."""
+        return len(self.short) == len(self.held)
+
+    @property
+    def in_shares(self) -> float:
+        """Tokens that the text read so far gives in the asked shares."""
+        whole = sum(self._weights.values())
+        return min(sum(map(len, ids)) * whole / self._weights[name] for name, ids in self.held.items())
+
     def fill(self, sizes: Mapping[str, int]) -> dict[str, _Packer]:
         """A packer per domain. What one cannot supply goes to the others, which then are read again from the start."""
         caps: dict[str, int] = {}
+        self.short.clear()
         while True:
             quotas = share_out(sizes, self._weights, caps)
             packers = {name: self._packed(name, quotas) for name in self._weights}
