@@ -81,6 +81,14 @@ def test_every_examples_of_the_help_pages_runs(cli):
             json.loads(out)
 
 
+def test_the_table_of_stability_says_all_it_has(cli):
+    for folder in ("before", "after"):
+        write_items(Path(folder))
+    code, out, _ = cli("stability", "before", "after")
+    assert code == 0 and "…" not in out and "1.000 [1.000, 1.000]" in out and "1.000 -> 1.000" in out
+    assert "eff. n" in out and "task" in out
+
+
 def test_every_field_is_a_flag_and_the_named_ones_exist():
     page = help_of("compress")
     for flag in (

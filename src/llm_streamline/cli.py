@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from llm_streamline.records import Record, Result
 
 _INTERRUPTED = 130
+_WIDE = 160
 _SHORT = {"output": "-o"}
 _ONLY_COMPRESS = {
     *(
@@ -215,7 +216,8 @@ def _print(as_json: bool, record: Record | dict[str, Any] | list[dict[str, str]]
         return
     from rich.console import Console
 
-    console = Console(highlight=False, soft_wrap=True)
+    width = None if sys.stdout.isatty() else _WIDE  # in a file or pipe nothing has to be cut off
+    console = Console(highlight=False, soft_wrap=True, width=width)
     for line in lines:
         console.print(line, markup=False) if isinstance(line, str) else console.print(line)
 

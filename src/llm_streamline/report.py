@@ -93,8 +93,12 @@ def summary_lines(plan: LayerPlan, fit: Fit | None, verification: Verification, 
 
 
 def stability_table(found: list[Stability]) -> Table:
-    """How two models' answers to each task compare; figures that rank nothing are in parentheses."""
-    table = _table("task", "items", "accuracy", "stability", "effective", "agreement", "same answer", "flips", "p")
+    """How two models' answers to each task compare; figures that rank nothing are in parentheses.
+
+    Only what fits a terminal; the record has more.
+    """
+    table = _table("task", "items", "accuracy", "stability", "eff. n", "flips", "p")
+    table.columns[0].no_wrap, table.columns[0].overflow = False, "fold"
     for one in found:
         low, high = one.stability_interval
         stable = f"{one.stability:.3f} [{low:.3f}, {high:.3f}]"
@@ -104,8 +108,6 @@ def stability_table(found: list[Stability]) -> Table:
             f"{one.accuracy_before:.3f} -> {one.accuracy_after:.3f}",
             stable if one.ranks else f"({stable})",
             f"{one.effective_items:.0f}",
-            f"{one.agreement:.3f}",
-            f"{one.same_answer:.3f}",
             f"{one.flips:.3f}",
             f"{one.mcnemar_p:.2g}",
         )
