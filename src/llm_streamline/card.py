@@ -88,7 +88,12 @@ def card_text(manifest: Manifest) -> str:
 
     loader = jinja2.FileSystemLoader(TEMPLATES)
     environment = jinja2.Environment(  # Markdown, which has no use for escaped HTML: `plain` keeps names in their place
-        loader=loader, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False
+        loader=loader,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,
     )
     plan, scores = manifest.plan, manifest.scores
     return environment.get_template("card.md.j2").render(

@@ -88,8 +88,8 @@ def layer_chart(similarity: Similarity, chosen: Window) -> LayerChart:
     floor = _floor(cosines)
     shown = [cosine for cosine in cosines if cosine >= floor]
     room = max(0.08 * (max(shown) - min(shown)), 0.002)
-    below = [layer for layer, cosine in enumerate(cosines) if cosine < floor]
-    y = Axis(min(shown) - room * (3 if below else 1), max(shown) + room, BOTTOM, TOP)
+    y = Axis(min(shown) - room * (1 if shown == cosines else 3), max(shown) + room, BOTTOM, TOP)
+    below = [layer for layer, cosine in enumerate(cosines) if cosine < y.low]
     x = Axis(-0.5, len(cosines) - 0.5, LEFT, RIGHT)
     dots = [
         Dot(

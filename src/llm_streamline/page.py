@@ -112,7 +112,7 @@ def source_layers(plan: LayerPlan) -> list[tuple[int, bool]]:
 def data_parts(data: dict[str, Any]) -> list[tuple[str, str, str, str, str]]:
     """Name, purpose, blocks, tokens and the start of the hash of each part of the text."""
     return [
-        (name, _PARTS[name], f"{part['blocks']:,}", f"{part['tokens']:,}", part["sha256"][:12])
+        (name, _PARTS[name], f"{part['blocks']:,}", f"{part['tokens']:,}", part["sha256"][:8])
         for name, part in data.items()
         if name in _PARTS
     ]
