@@ -103,7 +103,15 @@ def test_results_go_to_stdout_and_chatter_to_stderr(cli, llama_folder, text_file
     small = ("--tokens", "4k", "--calibration-tokens", "2k", "--validation-tokens", "2k")
     code, out, err = cli("compress", llama_folder, "--data", text_file, "-o", "out", "--remove", "2", *small)
     assert code == 0 and "training" not in out
-    for words in ("held-out loss", "layers ", "verified", "out/model", "nmse", "parameters"):
+    for words in (
+        "held-out loss",
+        "layers ",
+        "verified",
+        "out/model",
+        "nmse",
+        "parameters",
+        "report    out/report.html\n",
+    ):
         assert words in out, words
     assert "of 6 -> 1 layer, net 2" in err
     code, out, err = cli("compress", llama_folder, "--data", text_file, "-o", "out", "--remove", "2", *small, "--json")

@@ -26,6 +26,7 @@ FILES = {
     "scores.json",
     "similarity.png",
     "heat-map.png",
+    "report.html",
 }
 
 
@@ -45,6 +46,10 @@ def recipe(llama_folder, text_file):
 
 def quiet(folder, **changes) -> Runtime:
     return Runtime(output=folder, quiet=True, **changes)
+
+
+def contents(folder) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def weights(folder) -> dict[str, torch.Tensor]:
@@ -75,7 +80,40 @@ def test_the_same_command_again_does_nothing_and_says_the_same(recipe, tmp_path,
     monkeypatch.setattr(Trainer, "fit", None)
     monkeypatch.setattr(run, "analyze", None)
     monkeypatch.setattr(run, "next_token_loss", None)
+    before = contents(tmp_path / "out")
     assert run.compress(recipe(), quiet(tmp_path / "out")) == first
+    assert contents(tmp_path / "out") == before
+
+
+def test_a_missing_report_is_made_again_with_the_same_bytes(recipe, tmp_path, monkeypatch):
+    result = run.compress(recipe(replace="none"), quiet(tmp_path / "out"))
+    before = contents(tmp_path / "out")
+    monkeypatch.setattr(run, "next_token_loss", None)
+    (tmp_path / "out" / "report.html").unlink()
+    assert run.compress(recipe(replace="none"), quiet(tmp_path / "out")) == result
+    assert contents(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("killed", ["write_card", "write_report"])
+def test_a_run_killed_after_scoring_gets_its_card_and_report(recipe, tmp_path, monkeypatch, killed):
+    with monkeypatch.context() as patched:
+        patched.setattr(run, killed, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run.compress(recipe(replace="none"), quiet(tmp_path / "out"))
+    card = tmp_path / "out" / "model" / "README.md"
+    assert ("Not measured yet" in card.read_text()) == (killed == "write_card")
+    assert not (tmp_path / "out" / "report.html").exists()
+    scores = run.compress(recipe(replace="none"), quiet(tmp_path / "out")).scores
+    assert f"{scores.saved.nats:.4f}" in card.read_text() and "Not measured" not in card.read_text()
+    assert (tmp_path / "out" / "report.html").exists()
+
+
+def test_scores_come_back_into_a_model_folder_that_was_deleted(recipe, tmp_path):
+    scores = run.compress(recipe(replace="none"), quiet(tmp_path / "out")).scores
+    shutil.rmtree(tmp_path / "out" / "model")
+    run.compress(recipe(replace="none"), quiet(tmp_path / "out"))
+    manifest = json.loads((tmp_path / "out" / "model" / oracle.MANIFEST).read_text())
+    assert manifest["scores"] == json.loads(scores.model_dump_json())
 
 
 def test_two_runs_of_one_recipe_are_equal_to_the_bit(recipe, tmp_path):
@@ -239,4 +277,4 @@ def test_a_disk_that_fills_while_saving_leaves_no_model(recipe, tmp_path, monkey
     monkeypatch.setattr(assemble_module, "record_oracle", full)
     with pytest.raises(UserError, match="the disk is full"):
         run.compress(recipe(), quiet(tmp_path / "out"))
-    assert {path.name for path in (tmp_path / "out").iterdir()} == FILES - {"model", "scores.json"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == FILES - {"model", "scores.json", "report.html"}

@@ -6,6 +6,8 @@ A new model is built from a new config and the weights are moved over, so that l
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from llm_streamline.card import write_card
 from llm_streamline.custom_code import write_custom_code
 from llm_streamline.errors import StreamlineError, VerificationError
 from llm_streamline.families import layers_of, layers_prefix, sliced_config, sliding_window
@@ -44,6 +47,7 @@ class Parts:
     plan: LayerPlan
     replacement: ReplacementLayers
     tokenizer: PreTrainedTokenizerBase | None
+    notices: Sequence[Path] = ()  # the source's licence files, which go with what is made of it
 
 
 def assemble(parts: Parts, dtype: torch.dtype, prompts: Tensor, manifest: Manifest, target: Path) -> Verification:
@@ -55,6 +59,8 @@ def assemble(parts: Parts, dtype: torch.dtype, prompts: Tensor, manifest: Manife
     parts.replacement.to(dtype).float()  # what is checked is what is saved
     with atomic(target) as folder:
         folder.mkdir()
+        for notice in parts.notices:
+            shutil.copyfile(notice, folder / notice.name)
         limits = _write_oracle(parts, prompts, folder)
         tensors = _write_model(parts, dtype, folder)
         manifest = manifest.model_copy(update={"tensors": tensors, "limits": limits, "weights": weight_hashes(folder)})
@@ -63,7 +69,9 @@ def assemble(parts: Parts, dtype: torch.dtype, prompts: Tensor, manifest: Manife
         verification = verify(folder, trust_remote_code=True)  # which was written here, a moment ago
         if not verification.passed:
             raise VerificationError(f"the assembled model is not published: {'; '.join(verification.problems)}.")
-        manifest.model_copy(update={"verification": verification}).write(folder / MANIFEST)
+        manifest = manifest.model_copy(update={"verification": verification})
+        manifest.write(folder / MANIFEST)
+        write_card(manifest, folder)  # its scores come later, and are then written into both
     return verification
 
 

@@ -125,7 +125,7 @@ def _summary(result: Result) -> list[str | Table]:
 
     plan, fit, scores = result.plan, result.fit, result.scores
     lines = report.summary_lines(plan, fit, result.verification, Path(result.model))
-    return [report.summary_table(plan, scores), *lines]
+    return [report.summary_table(plan, scores), *lines, f"report    {result.report}"]
 
 
 def analyze(recipe: Recipe, runtime: Runtime) -> None:
@@ -168,9 +168,9 @@ def demo(
     from llm_streamline import demonstration
     from llm_streamline.recipe import Runtime
 
-    result, answers = demonstration.demo(Runtime(output=output))
-    print_json = {"accuracy": answers, **json.loads(result.model_dump_json())}
-    line = "accuracy " + " ".join(f"{name} {share:.2f}" for name, share in answers.items())
+    result, answers = demonstration.demo(Runtime(output=output, command=_command_line()))
+    print_json = {"accuracy": json.loads(answers.model_dump_json()), **json.loads(result.model_dump_json())}
+    line = f"accuracy dense {answers.dense:.2f} deleted {answers.deleted:.2f} replaced {answers.replaced:.2f}"
     _print(json_output, print_json, [*_summary(result), line])
 
 

@@ -288,6 +288,7 @@ class Manifest(Record):
     data: dict[str, Any]
     layer_similarities: list[float]
     versions: dict[str, str]
+    origin: dict[str, Any] = {}  # what the model card says of the source: Hub name, licence, language
     verification: Verification | None = None
     scores: Scores | None = None
 
@@ -299,6 +300,15 @@ class Inputs(Record):
     data: dict[str, Any]
 
 
+class Accuracy(Record):
+    """Share of the demo's questions that the dense, the merely cut and the saved model answer rightly."""
+
+    questions: int
+    dense: float
+    deleted: float
+    replaced: float
+
+
 class Result(Record):
     """What `compress` hands back; every part of it also lies in the run folder."""
 
@@ -307,3 +317,4 @@ class Result(Record):
     scores: Scores
     verification: Verification
     model: str
+    report: str

@@ -13,12 +13,14 @@ from llm_streamline import report
 from llm_streamline.analyze import analyze
 from llm_streamline.assemble import Parts as ModelParts
 from llm_streamline.assemble import assemble
+from llm_streamline.card import CARD, is_licence, origin, source_files, write_card
 from llm_streamline.choose import check_protected, check_request, choose
 from llm_streamline.errors import UserError
 from llm_streamline.evaluate.perplexity import next_token_loss
 from llm_streamline.files import atomic, remove_leftovers
 from llm_streamline.forward import substituted
 from llm_streamline.oracle import MANIFEST, versions
+from llm_streamline.page import PAGE, write_report
 from llm_streamline.progress import say
 from llm_streamline.recipe import Recipe, Runtime
 from llm_streamline.records import Fit, Inputs, LayerPlan, Manifest, Result, Scores, Similarity, Verification
@@ -37,7 +39,14 @@ def compress(recipe: Recipe, runtime: Runtime | None = None) -> Result:
     Returns what lies in `runtime.output`. Errors: UserError before anything is written where the recipe cannot be
     followed; VerificationError where the result does not compute what it should.
     """
-    runtime = runtime or Runtime()
+    result = shorten(recipe, runtime or Runtime())
+    if not Path(result.report).exists():
+        write_report(Path(result.report).parent)
+    return result
+
+
+def shorten(recipe: Recipe, runtime: Runtime) -> Result:
+    """`compress` without its last stage, the report: `demo` has more to say in it."""
     folder = RunFolder.open(runtime.output, recipe)
     work = Workspace(recipe, runtime)
     check_all(work)
@@ -51,8 +60,9 @@ def compress(recipe: Recipe, runtime: Runtime | None = None) -> Result:
     fit = train_replacement(work, plan, folder)
     verification = assemble_model(work, plan, fit, similarity, folder)
     scores = folder.stage("scores.json", Scores, lambda: score(work, plan, folder))
-    model = str(folder.path / "model")
-    return Result(plan=plan, fit=fit, scores=scores, verification=verification, model=model)
+    publish_scores(scores, folder)
+    places = {"model": str(folder.path / "model"), "report": str(folder.path / PAGE)}
+    return Result(plan=plan, fit=fit, scores=scores, verification=verification, **places)
 
 
 def plan_only(recipe: Recipe, runtime: Runtime) -> LayerPlan:
@@ -189,7 +199,8 @@ def assemble_model(
     say("assembling and verifying in a fresh process", work.runtime.quiet)
     source = work.model_as_saved()
     replacement = load_replacement(work, plan, folder) if plan.occupied else ReplacementLayers()
-    parts = ModelParts(source, plan, replacement, work.tokenizer)
+    files = source_files(work.source.path)
+    parts = ModelParts(source, plan, replacement, work.tokenizer, [file for file in files if is_licence(file)])
     manifest = Manifest(
         command=work.runtime.command,
         recipe=work.recipe.model_dump(mode="json", exclude_none=True),
@@ -200,6 +211,7 @@ def assemble_model(
         data=work.parts.summary(),
         layer_similarities=similarity.of_layers(),
         versions=versions(),
+        origin=origin(work.source.path, files),
     )
     return assemble(parts, work.dtype, work.parts.validation, manifest, target)
 
@@ -218,10 +230,20 @@ def score(work: Workspace, plan: LayerPlan, folder: RunFolder) -> Scores:
         cut = next_token_loss(work.model, blocks, batch, "the merely cut model", quiet)
     saved_model = work.load_saved(folder.path / "model", plan.custom_code)
     saved = next_token_loss(saved_model, blocks, batch, "the saved model", quiet)
-    scores = Scores(dense=dense, cut=cut, saved=saved)
-    manifest = folder.path / "model" / MANIFEST
-    Manifest.read(manifest).model_copy(update={"scores": scores}).write(manifest)
-    return scores
+    return Scores(dense=dense, cut=cut, saved=saved)
+
+
+def publish_scores(scores: Scores, folder: RunFolder) -> None:
+    """Into the model's card and manifest, each replaced as a whole.
+
+    The manifest goes last: where it has the scores, the card has them too, however a run ended.
+    """
+    model = folder.path / "model"
+    manifest = Manifest.read(model / MANIFEST)
+    if manifest.scores != scores or not (model / CARD).exists():
+        manifest = manifest.model_copy(update={"scores": scores})
+        write_card(manifest, model)
+        manifest.write(model / MANIFEST)
 
 
 def analyze_model(recipe: Recipe, runtime: Runtime) -> tuple[Similarity, Path]:

@@ -1,0 +1,118 @@
+"""Run folder -> report.html: one self-contained page to judge the result by, made from the folder's files alone.
+
+Nothing in it is measured anew and nothing tells the time: made again from the same files, it has the same bytes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from llm_streamline import charts, verdict
+from llm_streamline.card import TEMPLATES, score_rows
+from llm_streamline.files import write_text
+from llm_streamline.oracle import MANIFEST
+from llm_streamline.records import Accuracy, LayerPlan, Manifest, Scores, Similarity
+
+PAGE = "report.html"
+_PARTS = {
+    "calibration": "measures similarity",
+    "training": "trains the replacement",
+    "validation": "judges: chooses the best weights and gives the losses",
+}
+
+
+def write_report(folder: Path) -> Path:
+    """`folder`/report.html from a finished run. Errors: UserError for a damaged file."""
+    manifest = Manifest.read(folder / "model" / MANIFEST)
+    accuracy = folder / "accuracy.json"
+    html = render(
+        manifest.model_copy(update={"scores": Scores.read(folder / "scores.json")}),
+        Similarity.read(folder / "similarity.json"),
+        (folder / "recipe.yaml").read_text(encoding="utf-8"),
+        Accuracy.read(accuracy) if accuracy.exists() else None,
+    )
+    write_text(folder / PAGE, html)
+    return folder / PAGE
+
+
+def render(manifest: Manifest, similarity: Similarity, recipe: str, accuracy: Accuracy | None = None) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        undefined=jinja2.StrictUndefined,
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["count"] = lambda number: f"{number:,}"
+    plan, scores, fit = manifest.plan, manifest.scores, manifest.fit
+    assert scores is not None  # a page of a run that is not finished is not asked for
+    return environment.get_template("report.html.j2").render(
+        name=Path(plan.model).name or plan.model,
+        m=manifest,
+        plan=plan,
+        fit=fit,
+        scores=scores,
+        accuracy=accuracy,
+        judged=verdict.judge(plan, scores),
+        notes=verdict.notes(plan, fit, scores),
+        tiles=tiles(plan, scores, accuracy),
+        bars=excess_bars(plan, scores),
+        before=source_layers(plan),
+        after=plan.layer_map(),
+        stand_in=verdict.stand_in(plan),
+        rows=score_rows(manifest),
+        parts=data_parts(manifest.data),
+        domains=manifest.data.get("domains", {}),
+        recipe=recipe,
+        layer_chart=charts.layer_chart(similarity, plan.window),
+        heat_map=charts.heat_map(similarity, plan.window),
+        training=charts.training_chart(fit) if fit else None,
+        similarity=similarity,
+    )
+
+
+def tiles(plan: LayerPlan, scores: Scores, accuracy: Accuracy | None) -> list[tuple[str, str, str]]:
+    """The few figures one takes away: what, how much, and what that is."""
+    fewer = 1 - plan.parameters_after / plan.parameters_before
+    share = None if plan.replace == "none" else verdict.recovered(scores)
+    found = [
+        ("layers", f"{plan.num_layers} → {plan.num_layers - plan.net}", f"{plan.net} fewer, net"),
+        ("parameters", f"{-fewer:+.1%}", f"{plan.parameters_before:,} → {plan.parameters_after:,}"),
+        (
+            "perplexity",
+            verdict.rise(scores, scores.saved),
+            f"{verdict.perplexity(scores.dense)} → {verdict.perplexity(scores.saved)} on held-out text",
+        ),
+    ]
+    if share is not None:
+        found.append(("brought back", f"{share:.0%}", "of the loss that cutting alone costs"))
+    if accuracy:
+        right = f"{accuracy.dense:.2f} → {accuracy.replaced:.2f}"
+        found.append(("accuracy", right, f"of {accuracy.questions} questions; {accuracy.deleted:.2f} merely cut"))
+    return found
+
+
+def excess_bars(plan: LayerPlan, scores: Scores) -> list[tuple[str, str, float, str]]:
+    """Name, excess loss in words, length in percent and kind of a bar each for the cut and the saved model."""
+    found = [("merely cut", scores.excess(scores.cut), "cut"), ("saved", scores.excess(scores.saved), "saved")]
+    if plan.replace == "none":
+        found = found[1:]
+    longest = max([excess for _, excess, _ in found if excess > 0], default=1.0)
+    return [(name, f"{e:+.4f}", round(100 * max(0.0, e) / longest, 2), kind) for name, e, kind in found]
+
+
+def source_layers(plan: LayerPlan) -> list[tuple[int, bool]]:
+    """The source's layers, each with whether it was removed."""
+    return [(layer, layer in plan.window.layers()) for layer in range(plan.num_layers)]
+
+
+def data_parts(data: dict[str, Any]) -> list[tuple[str, str, str, str, str]]:
+    """Name, purpose, blocks, tokens and the start of the hash of each part of the text."""
+    return [
+        (name, _PARTS[name], f"{part['blocks']:,}", f"{part['tokens']:,}", part["sha256"][:8])
+        for name, part in data.items()
+        if name in _PARTS
+    ]

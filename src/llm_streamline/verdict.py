@@ -1,0 +1,135 @@
+"""What a run's numbers mean, in words: for people who open the report or the model card and want to know if it is good.
+
+Losses are in nats per token on held-out text; `excess` is what a model loses against the dense one.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from llm_streamline.records import Fit, LayerPlan, Loss, Scores, Window
+
+FEW_SEQUENCES = 8  # held-out sequences below which a loss is a rough figure
+# excess in nats -> word and sentence; 0.02 nats are 2 % of perplexity, 0.1 are 11 %, 0.3 are 35 %, 1 is 172 %
+GRADES = (
+    (0.02, "good", "Hardly anything was lost"),
+    (0.1, "good", "A little was lost"),
+    (0.3, "fair", "A noticeable part was lost"),
+    (1.0, "poor", "Much was lost"),
+    (math.inf, "bad", "The saved model is badly damaged"),
+)
+_STAND_INS = {
+    "layer": "one trained layer of the model's own kind stands",
+    "mlp": "one layer with a trained MLP and silent attention stands",
+    "ffn": "one trained feed-forward network stands",
+    "swiglu": "one trained SwiGLU network stands",
+}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`grade` is good, fair, poor or bad; `title` says it in one line and `sentences` in three."""
+
+    grade: str
+    title: str
+    sentences: list[str]
+
+
+def judge(plan: LayerPlan, scores: Scores) -> Verdict:
+    """What was removed, what it costs, what came back; whatever the replacement did, plainly."""
+    excess = scores.excess(scores.saved)
+    grade, title = next(((g, t) for limit, g, t in GRADES if excess <= limit), ("bad", "The loss is not a number"))
+    if replacement_failed(plan, scores):
+        grade = grade if grade == "bad" else "poor"
+        title = "The replacement did not help"
+    return Verdict(grade, title, [removed(plan), cost(plan, scores), came_back(plan, scores)])
+
+
+def replacement_failed(plan: LayerPlan, scores: Scores) -> bool:
+    """Whether the saved model is no better than the source cut to the same depth; NaN is no better."""
+    return plan.replace != "none" and not scores.saved.nats < scores.cut.nats
+
+
+def removed(plan: LayerPlan) -> str:
+    which = f"{layers(plan.window)} ({len(plan.window)} of {plan.num_layers}) {plural(plan.window, 'is', 'are')} gone"
+    after = plan.num_layers - plan.net
+    fewer = 1 - plan.parameters_after / plan.parameters_before
+    return (
+        f"{which}; {stand_in(plan)} in {plural(plan.window, 'its', 'their')} place. "
+        f"That leaves {after} of {plan.num_layers} layers and {fewer:.1%} fewer parameters."
+    )
+
+
+def layers(window: Window) -> str:
+    return plural(window, f"Layer {window.start}", f"Layers {window.start} to {window.stop - 1}")
+
+
+def plural(window: Window, one: str, several: str) -> str:
+    return one if len(window) == 1 else several
+
+
+def stand_in(plan: LayerPlan) -> str:
+    if plan.replace == "none":
+        return "nothing stands"
+    if plan.occupied > 1:
+        return f"{plan.occupied} trained layers of the model's own kind stand"
+    return _STAND_INS[plan.replace.partition(":")[0]]
+
+
+def cost(plan: LayerPlan, scores: Scores) -> str:
+    dense, saved = perplexity(scores.dense), perplexity(scores.saved)
+    sentence = f"On held-out text, perplexity goes from {dense} to {saved} ({rise(scores, scores.saved)})"
+    if plan.replace == "none":
+        return f"{sentence}."
+    cut = perplexity(scores.cut)
+    return f"{sentence}; merely cut to the same depth, the model would be at {cut} ({rise(scores, scores.cut)})."
+
+
+def perplexity(loss: Loss) -> str:
+    """exp(loss), or a word where that has outgrown all use."""
+    return f"{math.exp(loss.nats):.4g}" if loss.nats < 10 else f"{loss.nats:.1f} nats"
+
+
+def rise(scores: Scores, which: Loss) -> str:
+    """How much higher a perplexity is than the dense model's."""
+    excess = scores.excess(which)
+    if not abs(excess) < math.log(10):  # also true of nan
+        return "more than 10 times as high" if excess > 0 else f"{excess:+.2f} nats"
+    return f"{math.expm1(excess):+.1%}"
+
+
+def came_back(plan: LayerPlan, scores: Scores) -> str:
+    if plan.replace == "none":
+        return "Nothing was trained: this is the price of removing the layers."
+    if replacement_failed(plan, scores):
+        worse = scores.saved.nats - scores.cut.nats
+        return (
+            f"The saved model's loss is {worse:.4f} nats above that of the merely cut model: the replacement makes it "
+            "worse than no replacement would. Train on more or other text, lower the learning rate, "
+            "or use --replace none."
+        )
+    share = recovered(scores)
+    if share is None:
+        return "Cutting alone costs nothing on this text, and the replacement is better still."
+    return f"The replacement brings back {share:.0%} of the loss that cutting alone costs."
+
+
+def recovered(scores: Scores) -> float | None:
+    """Share of the cut's excess loss that the replacement brings back; None where cutting costs nothing."""
+    cut = scores.excess(scores.cut)
+    return (scores.cut.nats - scores.saved.nats) / cut if cut > 0 else None
+
+
+def notes(plan: LayerPlan, fit: Fit | None, scores: Scores | None) -> list[str]:
+    """What one has to know before using the model, besides how good it is."""
+    found = []
+    if scores and scores.dense.sequences < FEW_SEQUENCES:
+        found.append(f"The losses are of only {scores.dense.tokens:,} tokens: take them as rough.")
+    if fit and fit.best_step == 0:
+        found.append("Training did not improve the replacement; it is saved as it started.")
+    if plan.replace == "mlp":
+        found.append("The mlp's attention is silent but stays: on disk, in compute and in the KV cache it is a layer.")
+    if plan.custom_code:
+        found.append("The model carries code of its own and loads only with trust_remote_code=True.")
+    return found

@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.repocard import metadata_load
+
+from llm_streamline import assemble as assemble_module
+from llm_streamline import card, oracle, run
+from llm_streamline.recipe import Recipe, Runtime
+from llm_streamline.records import Manifest
+from tests import tiny
+
+APACHE = "\n   Apache License\n   Version 2.0, January 2004\n"
+
+
+@pytest.fixture
+def source(tmp_path):
+    return tiny.make_folder(tmp_path / "source", "llama")
+
+
+@pytest.fixture
+def shorten(source, text_file, tmp_path, monkeypatch):
+    """Shorten `source` by two layers; gives the model folder."""
+    monkeypatch.setattr(assemble_module, "verify", oracle.check)
+
+    def call(**changes):
+        small = {"tokens": 4000, "calibration_tokens": 2000, "validation_tokens": 2000, "remove": "2"}
+        recipe = Recipe(model=str(source), data=(str(text_file),), **{"replace": "none", **small, **changes})
+        run.compress(recipe, Runtime(output=tmp_path / "out", quiet=True, command="llm-streamline compress `x`"))
+        return tmp_path / "out" / "model"
+
+    return call
+
+
+def files_of(folder):
+    return card.source_files(str(folder))
+
+
+def test_the_card_passes_the_hubs_own_reading_and_writing(shorten, source):
+    (source / "README.md").write_text("---\nlicense: mit\nlanguage: [en, fr]\nsurprise: 1\n---\nText\n")
+    folder = shorten()
+    loaded = ModelCard.load(folder / "README.md")
+    assert loaded.data.to_dict() == metadata_load(folder / "README.md")
+    assert ModelCardData(**loaded.data.to_dict()).to_yaml() == loaded.data.to_yaml()
+    assert loaded.data.license == "mit" and loaded.data.language == ["en", "fr"]
+    assert loaded.data.library_name == "transformers" and loaded.data.pipeline_tag == "text-generation"
+    assert "llm-streamline" in loaded.data.tags and "surprise" not in loaded.data.to_dict()
+    assert "base_model" not in loaded.data.to_dict()  # a folder is none on the Hub
+
+
+def test_it_holds_scores_plan_recipe_command_and_versions(shorten, tmp_path):
+    folder = shorten()
+    manifest = Manifest.read(folder / oracle.MANIFEST)
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    assert text == card.card_text(manifest) and text.endswith("\n")
+    for loss in (manifest.scores.dense, manifest.scores.cut, manifest.scores.saved):
+        assert f"{loss.nats:.4f} ± {loss.se:.4f}" in text
+    recipe = (tmp_path / "out" / "recipe.yaml").read_text()
+    assert f"```yaml\n{recipe}```\n" in text and yaml.safe_load(recipe)["remove"] == "2"
+    for words in (str(manifest.plan), manifest.plan.why, manifest.command, manifest.versions["torch"]):
+        assert words in text, words
+    assert "trust_remote_code" not in text
+
+
+def test_a_folder_with_code_of_its_own_says_how_to_load_it(shorten):
+    text = (shorten(replace="ffn", custom_code=True) / "README.md").read_text(encoding="utf-8")
+    assert text.count("(folder, trust_remote_code=True)") == 2 and "- custom_code" in text
+
+
+def test_a_card_without_scores_says_so(shorten):
+    manifest = Manifest.read(shorten() / oracle.MANIFEST).model_copy(update={"scores": None})
+    assert "Not measured yet" in card.card_text(manifest)
+
+
+def test_licence_files_go_along(shorten, source):
+    (source / "LICENSE.txt").write_text(APACHE)
+    (source / "NOTICE").write_text("Thanks")
+    folder = shorten()
+    assert (folder / "LICENSE.txt").read_text() == APACHE and (folder / "NOTICE").read_text() == "Thanks"
+    assert metadata_load(folder / "README.md")["license"] == "apache-2.0"
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        (APACHE, {"license": "apache-2.0"}),
+        ("MIT License\n\nCopyright (c) 2024", {"license": "mit"}),
+        ("Our Own Terms", {"license": "other", "license_name": "see-license-file", "license_link": "LICENSE"}),
+    ],
+)
+def test_licences_known_by_their_text(tmp_path, text, expected):
+    (tmp_path / "LICENSE").write_text(text)
+    assert card.origin(str(tmp_path), files_of(tmp_path)) == expected
+
+
+@pytest.mark.parametrize("text", ["no metadata", "---\n[1, 2\n---\n", "---\n- a\n---\n", "---\nlicense: {a: 1}\n---\n"])
+def test_a_sources_card_may_hold_anything(tmp_path, text):
+    (tmp_path / "README.md").write_text(text)
+    assert card.origin(str(tmp_path), files_of(tmp_path)) == {}
+
+
+def test_a_hub_name_is_the_base_model():
+    assert card.origin("someone/something", card.source_files("someone/something")) == {
+        "base_model": "someone/something"
+    }
+
+
+def test_manifests_from_before_the_card_are_still_read(shorten, tmp_path):
+    folder = shorten()
+    values = json.loads((folder / oracle.MANIFEST).read_text())
+    del values["origin"]
+    (tmp_path / "old.json").write_text(json.dumps(values))
+    assert Manifest.read(tmp_path / "old.json").origin == {}
