@@ -107,13 +107,25 @@ def _sample(task: str, row: dict[str, Any], where: str) -> Item:
     arguments = [list(value.values()) for value in row.get("arguments", {}).values()]
     try:
         scores = [float(answer[0]) for answer in row["filtered_resps"]]
-        ppl = [-score / len(call[1].encode()) for score, call in zip(scores, arguments, strict=True)]
+        sizes = [len(call[1].encode()) for call in arguments]
+        ppl = [-score / size for score, size in zip(scores, sizes, strict=True)]
         gold = _gold(row["target"], [call[1] for call in arguments])
         name = str(row["doc_id"])
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         raise UserError(f"{where} is no multiple-choice sample with log-likelihoods; give such tasks only.") from error
-    prediction = str(min(range(len(ppl)), key=ppl.__getitem__))
-    return _checked(Item(task=task, id=name, measure="choice", ppl=ppl, prediction=prediction, gold=gold), where)
+    return _checked(
+        Item(
+            task=task,
+            id=name,
+            measure="choice",
+            ppl=ppl,
+            prediction=str(min(range(len(ppl)), key=ppl.__getitem__)),
+            gold=gold,
+            log_likelihoods=scores,
+            choice_bytes=sizes,
+        ),
+        where,
+    )
 
 
 def _gold(target: Any, choices: list[str]) -> str:
