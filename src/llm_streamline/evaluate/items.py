@@ -64,7 +64,7 @@ def _read(file: Path) -> Iterator[Item]:
             if line.strip():
                 where = f"{file}, line {number},"
                 row = json.loads(line)
-                yield _sample(match["task"], row, where) if match else _own(row, where)
+                yield sample_item(match["task"], row, where) if match else _own(row, where)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file} cannot be read ({reason(error)}); give {_KINDS}.") from error
     except json.JSONDecodeError as error:
@@ -102,10 +102,14 @@ def _opencompass(file: Path, rows: Any) -> Iterator[Item]:
         )
 
 
-def _sample(task: str, row: dict[str, Any], where: str) -> Item:
-    """An lm-eval sample: log-likelihoods of the choices, divided by their bytes."""
-    arguments = [list(value.values()) for value in row.get("arguments", {}).values()]
+def sample_item(task: str, row: dict[str, Any], where: str) -> Item:
+    """An lm-eval sample, as logged or in memory: log-likelihoods of the choices, divided by their bytes.
+
+    Errors: UserError where it is no multiple choice.
+    """
     try:
+        calls = row["arguments"]
+        arguments = [list(call.values()) for call in calls.values()] if isinstance(calls, dict) else calls
         scores = [float(answer[0]) for answer in row["filtered_resps"]]
         sizes = [len(call[1].encode()) for call in arguments]
         ppl = [-score / size for score, size in zip(scores, sizes, strict=True)]

@@ -126,7 +126,7 @@ def _row(tokenizer: PreTrainedTokenizerBase, question: Question, continuation: s
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Special tokens as the tokenizer adds them, but no second first one."""
     first = tokenizer.bos_token
-    return tokenizer.encode(text, add_special_tokens=not (first and text.startswith(first)))
+    return tokenizer.encode(text, add_special_tokens=not (first and text.startswith(first)), verbose=False)
 
 
 def answers(
