@@ -79,6 +79,7 @@ def test_every_module_has_its_tests():
     elsewhere = {"demonstration": "demo", "readers": "sources", "parquet": "sources", "oracle": "assemble"}
     elsewhere |= {"networks": "replacement", "custom_code": "replacement"}
     elsewhere |= {"workspace": "run", "checkpoint": "cli", "records": "choose", "errors": "cli"}
+    elsewhere |= {"evaluation": "evaluate", "flags": "cli"}
     covered = {path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py")}
     modules = {path.stem for path in PRODUCT if path.parent == SOURCE and not path.stem.startswith("__")}
     assert {elsewhere.get(name, name) for name in modules} <= covered
