@@ -134,9 +134,23 @@ def test_perplexity_is_that_of_plain_forwards():
     assert found.perplexity == pytest.approx(math.exp(found.nats))
     residuals = [loss - found.nats * (len(text.encode()) - 1) for loss, text in zip(losses, documents, strict=True)]
     assert found.se == pytest.approx(math.sqrt(2 * sum(one**2 for one in residuals)) / tokens, abs=1e-5)
-    slid = score_text(model, tokenizer, Text("t", "", documents), (16, 4), batch=3, quiet=True)
-    assert slid.tokens == tokens and not slid.blocked and slid.nats != found.nats
     assert score_text(model, tokenizer, Text("t", "", documents[:1]), (16, 4), quiet=True).se is None
+
+
+def test_sliding_predicts_each_token_with_its_own_window():
+    model, tokenizer = tiny.make_model("llama"), tiny.make_tokenizer()
+    text = "A small red boat, near our quiet harbour, told it all."
+    ids = tokenizer(text)["input_ids"]
+    losses = []
+    for place in range(1, len(ids)):
+        end = 16 if place < 16 else min(len(ids), 16 + 4 * ((place - 16) // 4 + 1))
+        first = max(0, end - 16)
+        with torch.no_grad():
+            log_p = model(torch.tensor([ids[first:place]])).logits[0, -1].log_softmax(-1)
+        losses.append(-log_p[ids[place]].item())
+    found = score_text(model, tokenizer, Text("t", "", [text]), (16, 4), batch=3, quiet=True)
+    assert found.nats == pytest.approx(sum(losses) / len(losses), abs=1e-5) and found.tokens == len(losses)
+    assert not found.blocked
 
 
 def test_tables_name_both_kinds_of_right(models, inputs, tmp_path, capsys, monkeypatch):
