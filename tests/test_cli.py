@@ -72,6 +72,9 @@ def test_every_examples_of_the_help_pages_runs(cli):
     assert {line.split()[1] for line in lines} == set(COMMANDS)
     for folder in ("predictions/before", "predictions/after", "logs/dense", "logs/shorter"):
         write_items(Path(folder))
+    question = {"query": "Where is Mark? Answer:", "choices": ["Mark is in the harbour", "the box is blue"], "gold": 0}
+    Path("questions.jsonl").write_text("".join(json.dumps({"id": i, **question}) + "\n" for i in range(3)))
+    tiny.write_jsonl(Path("text.jsonl"), ["Nina is in the library.", "The drum went to Nina."])
     for line in lines:
         if line.split()[1] == "demo":
             continue  # tests/test_demo.py runs it

@@ -162,12 +162,20 @@ def test_samples_of_lm_eval_are_read_as_choice_only_per_byte(tmp_path):
     assert len(items) == 2, "of two logs of one task, the last"
 
 
-def test_choices_that_differ_in_the_context_alone_are_refused(tmp_path):
-    # winogrande's log gives the continuation as the target: both choices have the same, so the right one is not said
-    row = sample(0, [-9.0, -1.0], "because it broke", ["because it broke"] * 2)
+@pytest.mark.parametrize(("acc", "gold"), [(1.0, "1"), (0.0, "0")])
+def test_choices_that_differ_in_the_context_alone_take_the_logs_verdict(tmp_path, acc, gold):
+    # winogrande's log gives the continuation as the target, which both choices have
+    row = sample(0, [-9.0, -1.0], "because it broke", ["because it broke"] * 2) | {"acc": acc}
     row["arguments"]["gen_args_1"]["arg_0"] = "another"
     write(tmp_path / "samples_winogrande_2026-01-01T00-00-00.1.jsonl", [row])
-    with pytest.raises(UserError, match="not told apart by their own text"):
+    item = read_items(tmp_path)["winogrande"]["0"]
+    assert item.gold == gold and item.right == (acc == 1.0)
+
+
+def test_a_right_answer_that_is_not_said_is_refused(tmp_path):
+    row = sample(0, [-9.0, -1.0, -2.0], "it", ["it"] * 3)
+    write(tmp_path / "samples_t_2026-01-01T00-00-00.1.jsonl", [row])
+    with pytest.raises(UserError, match="says which choice is right"):
         read_items(tmp_path)
 
 

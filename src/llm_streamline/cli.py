@@ -1,13 +1,11 @@
-"""The command line: thin, with flags made from the schemas of `recipe.py` and heavy imports left to the commands.
+"""The command line: thin, with the flags of `flags.py` and heavy imports left to the commands.
 
 `llm-streamline --help` answers before pydantic is loaded: only the command that is called gets its flags.
 """
 
 from __future__ import annotations
 
-import inspect
 import json
-import shlex
 import sys
 import traceback
 from collections.abc import Callable
@@ -18,94 +16,22 @@ import typer
 
 from llm_streamline import __version__
 from llm_streamline.errors import StreamlineError
+from llm_streamline.flags import NOT_EVALUATE, ONLY_COMPRESS, command_line, with_flags
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from llm_streamline.evaluation import Request
     from llm_streamline.recipe import Recipe, Runtime
     from llm_streamline.records import Record, Result
 
 _INTERRUPTED = 130
 _WIDE = 160
-_SHORT = {"output": "-o"}
-_ONLY_COMPRESS = {
-    *(
-        "remove",
-        "window",
-        "max_params",
-        "replace",
-        "init",
-        "custom_code",
-        "loss",
-        "tokens",
-        "batch",
-        "accumulate",
-        "lr",
-        "min_lr",
-    ),
-    *("weight_decay", "warmup", "clip", "dtype", "preset", "dry_run", "tracker"),
-}
 
 
 def _examples(*lines: str) -> str:
     """The end of a help page; `tests/test_cli.py` runs every line of it."""
     return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
-
-
-def _annotation(kind: Any) -> Any:
-    """What typer should parse for a schema's field; the schema itself checks the value."""
-    text = str(kind)
-    if "bool" in text:
-        return bool
-    if "tuple" in text:
-        return list[str] | None
-    return str | None
-
-
-def _option(schema: type[Recipe] | type[Runtime], name: str) -> inspect.Parameter:
-    field = schema.model_fields[name]
-    flag = f"--{(field.alias or name).replace('_', '-')}"
-    kind = _annotation(field.annotation)
-    help_text = field.description or ""
-    if field.default not in (None, ()) and field.default is not False and "[default" not in help_text:
-        help_text += f" [default: {field.default}]"
-    metavar = None if kind is bool else name.upper()
-    flags = filter(None, (flag, _SHORT.get(name)))
-    option = typer.Option(*flags, help=help_text, show_default=False, metavar=metavar)
-    default: Any = False if kind is bool else None
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
-
-
-def _with_flags(command: Callable[[Recipe, Runtime], None], leave_out: set[str]) -> Callable[..., None]:
-    """Give a command `MODEL`, `--recipe` and a flag for every field of both schemas, but those left out."""
-    from llm_streamline.recipe import Recipe, Runtime, make_recipe
-
-    def run(model: str | None = None, recipe: Path | None = None, **given: Any) -> None:
-        values = {key: value for key, value in given.items() if value not in (None, False, [])}
-        runtime = Runtime(
-            **{Runtime.model_fields[k].alias or k: v for k, v in values.items() if k in Runtime.model_fields}
-        )
-        wanted = {key: value for key, value in values.items() if key in Recipe.model_fields}
-        if model is not None:
-            wanted["model"] = model
-        command(make_recipe(wanted, recipe), runtime.model_copy(update={"command": _command_line()}))
-
-    model_help = Recipe.model_fields["model"].description
-    model = Annotated[str | None, typer.Argument(help=model_help, show_default=False)]
-    file = Annotated[
-        Path | None, typer.Option("--recipe", help="A YAML file of these fields; flags win.", show_default=False)
-    ]
-    names = [(schema, name) for schema in (Recipe, Runtime) for name in schema.model_fields if name != "command"]
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    parameters = [
-        inspect.Parameter("model", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None, annotation=model),
-        inspect.Parameter("recipe", keyword, default=None, annotation=file),
-        *(_option(schema, name) for schema, name in names if name not in {"model", *leave_out}),
-    ]
-    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    run.__doc__ = command.__doc__
-    return run
 
 
 def compress(recipe: Recipe, runtime: Runtime) -> None:
@@ -168,7 +94,7 @@ def demo(
     from llm_streamline import demonstration
     from llm_streamline.recipe import Runtime
 
-    result, answers = demonstration.demo(Runtime(output=output, command=_command_line()))
+    result, answers = demonstration.demo(Runtime(output=output, command=command_line()))
     print_json = {"accuracy": json.loads(answers.model_dump_json()), **json.loads(result.model_dump_json())}
     line = f"accuracy dense {answers.dense:.2f} deleted {answers.deleted:.2f} replaced {answers.replaced:.2f}"
     _print(json_output, print_json, [*_summary(result), line])
@@ -207,6 +133,19 @@ def stability(
     found = compare_tasks(read_items(before), read_items(after))
     as_json = {"tasks": [json.loads(one.model_dump_json()) for one in found]}
     _print(json_output, as_json, [stability_table(found), *stability_lines(found)])
+
+
+def evaluate(request: Request, runtime: Runtime) -> None:
+    """Ask models questions and let them predict text, and compare their answers with the dense model's.
+
+    Writes every answer to OUT/items/MODEL/TASK.jsonl and all figures to OUT/evaluation.json. What an earlier, also an
+    interrupted, evaluation in OUT has finished is not repeated.
+    """
+    from llm_streamline.evaluate.evaluate import evaluate
+    from llm_streamline.report import evaluation_lines
+
+    found = evaluate(request, runtime)
+    _print(runtime.json_output, found, evaluation_lines(found))
 
 
 def _print(as_json: bool, record: Record | dict[str, Any] | list[dict[str, str]], lines: list[Any]) -> None:
@@ -252,9 +191,17 @@ COMMANDS: dict[str, tuple[Callable[..., None], str, set[str] | None]] = {
             "llm-streamline analyze bundled --data bundled -o analysis",
             "llm-streamline analyze bundled --data bundled -o analysis --calibration-tokens 20k --json",
         ),
-        _ONLY_COMPRESS,
+        ONLY_COMPRESS,
     ),
     "verify": (verify, _examples("llm-streamline verify shorter", "llm-streamline verify shorter/model --json"), None),
+    "evaluate": (
+        evaluate,
+        _examples(
+            "llm-streamline evaluate shorter --against bundled --tasks questions.jsonl --text text.jsonl -o eval",
+            "llm-streamline evaluate shorter --tasks questions.jsonl --limit 5 -o some --json",
+        ),
+        NOT_EVALUATE,
+    ),
     "stability": (
         stability,
         _examples(
@@ -266,10 +213,6 @@ COMMANDS: dict[str, tuple[Callable[..., None], str, set[str] | None]] = {
     "families": (families, _examples("llm-streamline families", "llm-streamline families --json"), None),
     "demo": (demo, _examples("llm-streamline demo -o demo-run"), None),
 }
-
-
-def _command_line() -> str:
-    return shlex.join(["llm-streamline", *sys.argv[1:]])
 
 
 def make_app(called: str | None) -> typer.Typer:
@@ -285,7 +228,7 @@ def make_app(called: str | None) -> typer.Typer:
     app.callback()(_common)
     for name, (command, examples, without) in COMMANDS.items():
         if without is not None:
-            command = _with_flags(command, without) if name == called else _named(command)
+            command = with_flags(command, without) if name == called else _named(command)
         app.command(name, epilog=examples)(command)
     return app
 

@@ -51,7 +51,7 @@ Count = Annotated[int, BeforeValidator(parse_count), Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
-class _Schema(BaseModel):
+class Schema(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     def __init__(self, **values: Any) -> None:
@@ -61,7 +61,7 @@ class _Schema(BaseModel):
             raise UserError(_sentence(error, type(self))) from error
 
 
-class Recipe(_Schema):
+class Recipe(Schema):
     """What to make. Two runs of one recipe on one machine give the same weights, bit for bit."""
 
     model: str = Field(description="Folder or Hub name of the causal LM to shorten; 'bundled' is the demo model.")
@@ -207,7 +207,7 @@ class Recipe(_Schema):
         return int(count) if count.isdigit() else 1
 
 
-class Runtime(_Schema):
+class Runtime(Schema):
     """How to make it: nothing here changes what is asked for, though number formats change the last bits."""
 
     output: Path | None = Field(None, description="The run folder; OUT/model is the HuggingFace folder.")

@@ -212,7 +212,12 @@ class Scores(Record):
 
 
 class Item(Record):
-    """One question as one model answered it; `ppl` per choice, `prediction` and `gold` named as the file names them."""
+    """One question as one model answered it; `ppl` per choice, `prediction` and `gold` named as the file names them.
+
+    `right`, which stability counts, is by `prediction`: in our items, the choice of the lowest PPL. `likeliest_right`,
+    which accuracy counts as lm-eval's `acc` does, is by `log_likelihoods`: of each choice given the query, summed, in
+    nats. Items from files of other tools may lack these.
+    """
 
     task: str
     id: str
@@ -220,10 +225,17 @@ class Item(Record):
     ppl: list[float]
     prediction: str
     gold: str
+    log_likelihoods: list[float] | None = None
+    choice_bytes: list[int] | None = None
 
     @property
     def right(self) -> bool:
         return self.prediction == self.gold
+
+    @property
+    def likeliest_right(self) -> bool | None:
+        scores = self.log_likelihoods
+        return None if scores is None else str(scores.index(max(scores))) == self.gold
 
 
 class Stability(Record):

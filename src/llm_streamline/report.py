@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.table import Table
 
+    from llm_streamline.evaluation import Evaluation
+
 USUAL_SHARES = (0.125, 0.25, 0.375, 0.5)
 
 
@@ -125,6 +127,55 @@ def stability_lines(found: list[Stability]) -> list[str]:
     if any(one.measure == "choice" for one in found):
         lines.append("choice-only: PPL is of the choices alone, per byte, as logged samples have no more")
     return lines
+
+
+def evaluation_lines(found: Evaluation) -> list[str | Table]:
+    """Accuracies, perplexities and, against the dense model, stability, each with what it is."""
+    lines: list[str | Table] = []
+    if any(one.tasks for one in found.models):
+        lines += [
+            accuracy_table(found),
+            "accuracy is by summed log-likelihood; by PPL is the share right that stability counts",
+        ]
+    if any(one.texts for one in found.models):
+        steps = {(text.block, text.stride, text.blocked) for one in found.models for text in one.texts}
+        how = (
+            f"{'blocked' if blocked else f'sliding by {stride}'}, {block} tokens" for block, stride, blocked in steps
+        )
+        lines += [perplexity_table(found), f"windows: {'; '.join(how)}; every token but a document's first counts once"]
+    for one in found.models:
+        if one.stability:
+            lines.append(f"{one.label} against {found.against}; accuracy here is by PPL")
+            lines += [stability_table(one.stability), *stability_lines(one.stability)]
+    return lines
+
+
+def accuracy_table(found: Evaluation) -> Table:
+    table = _table("model", "task", "items", "accuracy [95 %]", "by PPL", "cut")
+    for model in found.models:
+        for one in model.tasks:
+            interval = "" if one.interval is None else f" [{one.interval[0]:.3f}, {one.interval[1]:.3f}]"
+            by_ppl = "" if one.right_by_ppl is None else f"{one.right_by_ppl:.3f}"
+            cut = "" if one.cut is None else str(one.cut)
+            name = "" if one.metric == "accuracy" else f" {one.metric}"
+            table.add_row(model.label, one.task, str(one.items), f"{one.value:.3f}{interval}{name}", by_ppl, cut)
+    return table
+
+
+def perplexity_table(found: Evaluation) -> Table:
+    table = _table("model", "text", "tokens", "nats per token", "perplexity", "bits/byte")
+    for model in found.models:
+        for one in model.texts:
+            error = "" if one.se is None else f" ± {one.se:.4f}"
+            table.add_row(
+                model.label,
+                one.text,
+                f"{one.tokens:,}",
+                f"{one.nats:.4f}{error}",
+                f"{one.perplexity:.2f}",
+                f"{one.bits_per_byte:.4f}",
+            )
+    return table
 
 
 def _table(*columns: str) -> Table:

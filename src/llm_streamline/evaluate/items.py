@@ -65,7 +65,7 @@ def _read(file: Path) -> Iterator[Item]:
             if line.strip():
                 where = f"{file}, line {number},"
                 row = json.loads(line)
-                yield _sample(match["task"], row, where) if match else _own(row, where)
+                yield sample_item(match["task"], row, where) if match else _own(row, where)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file} cannot be read ({reason(error)}); give {_KINDS}.") from error
     except (json.JSONDecodeError, RecursionError) as error:
@@ -109,22 +109,51 @@ def _answer(value: Any) -> str:
     return str(value)
 
 
-def _sample(task: str, row: Any, where: str) -> Item:
-    """An lm-eval sample: log-likelihoods of the choices, divided by their bytes. Errors: UserError."""
+def sample_item(task: str, row: Any, where: str) -> Item:
+    """An lm-eval sample, as logged or in memory: log-likelihoods of the choices, divided by their bytes.
+
+    Errors: UserError where it is no multiple choice.
+    """
     try:
-        calls = [(call["arg_0"], call["arg_1"]) for call in row["arguments"].values()]
+        calls = row["arguments"]
+        arguments = [list(call.values()) for call in calls.values()] if isinstance(calls, dict) else calls
         scores = [float(answer[0]) for answer in row["filtered_resps"]]
-        ppl = [-score / len(text.encode()) for score, (_, text) in zip(scores, calls, strict=True)]
-        gold, name = _gold(row["target"], [text for _, text in calls]), _answer(row["doc_id"])
+        sizes = [len(call[1].encode()) for call in arguments]
+        ppl = [-score / size for score, size in zip(scores, sizes, strict=True)]
+        gold, name = _right_choice(row, arguments, scores), _answer(row["doc_id"])
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
-        raise UserError(f"{where} is no multiple-choice sample with log-likelihoods; give such tasks only.") from error
-    if len({context for context, _ in calls}) > 1 or len({text for _, text in calls}) < len(calls):
         raise UserError(
-            f"{where} has choices that are not told apart by their own text (they differ in the context, as in "
-            "winogrande), whose right answer the log does not say; leave this task out."
-        )
-    prediction = str(min(range(len(ppl)), key=ppl.__getitem__))
-    return _checked(Item(task=task, id=name, measure="choice", ppl=ppl, prediction=prediction, gold=gold), where)
+            f"{where} is no multiple-choice sample with log-likelihoods that says which choice is right; "
+            "give such tasks only."
+        ) from error
+    return _checked(
+        Item(
+            task=task,
+            id=name,
+            measure="choice",
+            ppl=ppl,
+            prediction=str(min(range(len(ppl)), key=ppl.__getitem__)),
+            gold=gold,
+            log_likelihoods=scores,
+            choice_bytes=sizes,
+        ),
+        where,
+    )
+
+
+def _right_choice(row: dict[str, Any], arguments: list[Any], scores: list[float]) -> str:
+    """The right choice's number. Errors: ValueError, KeyError.
+
+    Where choices differ in the context alone, as in winogrande, the target is their common text; of two, lm-eval's own
+    verdict on the likelier one says which is right.
+    """
+    texts = [call[1] for call in arguments]
+    if len({call[0] for call in arguments}) == 1 and len(set(texts)) == len(texts):
+        return _gold(row["target"], texts)
+    if len(texts) != 2 or scores[0] == scores[1]:
+        raise ValueError("not said")
+    likelier = int(scores[1] > scores[0])
+    return str(likelier if float(row["acc"]) == 1.0 else 1 - likelier)
 
 
 def _gold(target: Any, choices: list[str]) -> str:

@@ -1,15 +1,20 @@
-"""Next-token loss of a model on blocks of token ids, in nats per token."""
+"""Next-token loss of a model in nats: of blocks of token ids, and token by token of rows of any length."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from llm_streamline.progress import progress
 from llm_streamline.records import Loss
+
+FORWARD_TOKENS = 2048  # per forward where no batch is asked for: logits over the whole vocabulary are held
+Ids = Sequence[int]
 
 
 @torch.no_grad()
@@ -18,7 +23,7 @@ def next_token_loss(model: PreTrainedModel, blocks: Tensor, batch: int, title: s
     losses: list[float] = []
     with progress(f"loss of {title}", len(blocks), quiet) as advance:
         for ids in blocks.split(batch):
-            losses += _sequence_losses(model, ids.to(model.device, torch.long)).tolist()
+            losses += _losses(model, ids.to(model.device, torch.long)).mean(dim=1).tolist()
             advance(len(ids), "sequences")
     mean = math.fsum(losses) / len(losses)
     variance = math.fsum((loss - mean) ** 2 for loss in losses) / max(len(losses) - 1, 1)
@@ -26,8 +31,34 @@ def next_token_loss(model: PreTrainedModel, blocks: Tensor, batch: int, title: s
     return Loss(nats=mean, se=math.sqrt(variance / len(losses)), tokens=tokens, sequences=len(losses))
 
 
-def _sequence_losses(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Mean loss of each sequence, (B,), in float32."""
-    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-    losses = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-    return losses.view(len(ids), -1).mean(dim=1)
+@torch.no_grad()
+def token_losses(
+    model: PreTrainedModel, rows: Sequence[Ids], batch: int | None, advance: Callable[[int], None]
+) -> list[Tensor]:
+    """Per row of ids the loss of each token but the first, (T - 1,), whatever shares its batch.
+
+    Rows are padded on the right, where a causal model does not look; those of like length go together.
+    """
+    found = [torch.empty(0)] * len(rows)
+    for some in batches([len(row) for row in rows], batch):
+        padded = pad_sequence([torch.tensor(rows[row]) for row in some], batch_first=True)
+        losses = _losses(model, padded.to(model.device, torch.long)).cpu()
+        for row, loss in zip(some, losses, strict=True):
+            found[row] = loss[: len(rows[row]) - 1].clone()
+        advance(len(some))
+    return found
+
+
+def batches(lengths: Sequence[int], batch: int | None) -> Iterator[list[int]]:
+    """The rows' numbers, the longest first: `batch` at a time, or as many as make up about FORWARD_TOKENS tokens."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    while order:
+        size = batch or max(1, FORWARD_TOKENS // lengths[order[0]])
+        yield order[:size]
+        order = order[size:]
+
+
+def _losses(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Loss of every token but the first of each sequence, (B, T - 1), in float32."""
+    logits = model(input_ids=ids[:, :-1], use_cache=False).logits.float()
+    return nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(len(ids), -1)

@@ -1,0 +1,77 @@
+"""A model that is evaluated: its name, fingerprint and tokenizer at once, its weights when first needed."""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from pathlib import Path
+
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+
+from llm_streamline import checkpoint
+from llm_streamline.custom_code import PREFIX
+from llm_streamline.errors import UserError
+from llm_streamline.files import sha256
+from llm_streamline.recipe import Recipe, Runtime
+from llm_streamline.workspace import Workspace
+
+# two tokenizers with one vocabulary may still cut text differently
+_PROBE = "The 3 quick, brown foxes'll jump -- 1,234.5 times!\n\n\tdef naïve(x): return 'Straße 北京' # …"
+
+
+class Subject:
+    """Errors: UserError on making one, for a model that cannot be used, with all but its weights looked at."""
+
+    def __init__(self, name: str, runtime: Runtime) -> None:
+        inner = Path(name) / "model"
+        run = not (Path(name) / "config.json").exists() and (inner / "config.json").exists()
+        self.name, self.path = name, str(inner) if run else name
+        self._work = Workspace(Recipe(model=self.path), runtime)
+        self._own_code = _own_code(Path(self.path))
+        if self._own_code and not runtime.trust_remote_code:
+            raise UserError(f"{name} carries code of its own; read that code, then allow it with --trust-remote-code.")
+        self.config = self._config()
+        self.tokenizer = checkpoint.load_tokenizer(self._work.source, self.config.vocab_size)
+        checkpoint.check_weights(self._work.source)
+        self.fingerprint = checkpoint.fingerprint(self._work.source)
+        self.compute = (
+            str(self._work.compute_dtype).removeprefix("torch.") + f" on {self._work.device.partition(':')[0]}"
+        )
+
+    def _config(self) -> PretrainedConfig:
+        return AutoConfig.from_pretrained(self.path, trust_remote_code=True) if self._own_code else self._work.config
+
+    @property
+    def label(self) -> str:
+        """A short name: the folder's, or that of the run it lies in."""
+        path = Path(self.path)
+        return path.parent.name if path.name == "model" and path.parent.name else path.name
+
+    @property
+    def context(self) -> int:
+        return checkpoint.context_length(self.config)
+
+    @cached_property
+    def tokenizer_digest(self) -> str:
+        vocabulary = json.dumps(sorted(self.tokenizer.get_vocab().items()))
+        return sha256(vocabulary.encode(), json.dumps(self.tokenizer.encode(_PROBE)).encode())
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        if self._own_code:
+            return self._work.load_saved(Path(self.path), custom_code=True)
+        return self._work.load(self._work.source)
+
+    def release(self) -> None:
+        """Let go of the weights."""
+        self.__dict__.pop("model", None)
+
+
+def _own_code(folder: Path) -> bool:
+    """Whether a folder is one of ours with a network that stock transformers does not know."""
+    try:
+        return str(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")).startswith(
+            PREFIX
+        )
+    except (OSError, ValueError, AttributeError):
+        return False

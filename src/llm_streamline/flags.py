@@ -1,0 +1,132 @@
+"""A command's flags, made from the schemas of its arguments: one per field, with the field's help."""
+
+from __future__ import annotations
+
+import inspect
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from llm_streamline.recipe import Runtime, Schema
+
+_SHORT = {"output": "-o"}
+ONLY_COMPRESS = {
+    *(
+        "remove",
+        "window",
+        "max_params",
+        "replace",
+        "init",
+        "custom_code",
+        "loss",
+        "tokens",
+        "batch",
+        "accumulate",
+        "lr",
+        "min_lr",
+    ),
+    *("weight_decay", "warmup", "clip", "dtype", "preset", "dry_run", "tracker"),
+}
+NOT_EVALUATE = {"tracker", "dry_run", "models"}
+
+
+def _annotation(kind: Any) -> Any:
+    """What typer should parse for a schema's field; the schema itself checks the value."""
+    text = str(kind)
+    if "bool" in text:
+        return bool
+    if "tuple" in text:
+        return list[str] | None
+    return str | None
+
+
+def _option(schema: type[Schema], name: str) -> inspect.Parameter:
+    field = schema.model_fields[name]
+    flag = f"--{(field.alias or name).replace('_', '-')}"
+    kind = _annotation(field.annotation)
+    help_text = field.description or ""
+    if field.default not in (None, ()) and field.default is not False and "[default" not in help_text:
+        help_text += f" [default: {field.default}]"
+    metavar = None if kind is bool else name.upper()
+    flags = filter(None, (flag, _SHORT.get(name)))
+    option = typer.Option(*flags, help=help_text, show_default=False, metavar=metavar)
+    default: Any = False if kind is bool else None
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
+
+
+def with_flags(command: Callable[..., None], leave_out: set[str]) -> Callable[..., None]:
+    """Give a command its models and a flag for every field of its two schemas, but those left out.
+
+    What lacks `models` makes a recipe, which a YAML file may hold too.
+    """
+    return _request_flags(command, leave_out) if "models" in leave_out else _recipe_flags(command, leave_out)
+
+
+def _recipe_flags(command: Callable[..., None], leave_out: set[str]) -> Callable[..., None]:
+    from llm_streamline.recipe import Recipe, make_recipe
+
+    def run(model: str | None = None, recipe: Path | None = None, **given: Any) -> None:
+        wanted, runtime = _parted(given, Recipe)
+        if model is not None:
+            wanted["model"] = model
+        command(make_recipe(wanted, recipe), runtime)
+
+    model_help = Recipe.model_fields["model"].description
+    model = Annotated[str | None, typer.Argument(help=model_help, show_default=False)]
+    file = Annotated[
+        Path | None, typer.Option("--recipe", help="A YAML file of these fields; flags win.", show_default=False)
+    ]
+    first = [
+        inspect.Parameter("model", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None, annotation=model),
+        inspect.Parameter("recipe", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=file),
+    ]
+    return _signed(run, command, [*first, *_options(Recipe, {"model", *leave_out})])
+
+
+def _request_flags(command: Callable[..., None], leave_out: set[str]) -> Callable[..., None]:
+    from llm_streamline.evaluation import Request
+
+    def run(models: list[str] | None = None, **given: Any) -> None:
+        wanted, runtime = _parted(given, Request)
+        command(Request(models=models or (), **wanted), runtime)
+
+    models_help = Request.model_fields["models"].description
+    models = Annotated[list[str] | None, typer.Argument(help=models_help, show_default=False)]
+    first = inspect.Parameter("models", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None, annotation=models)
+    return _signed(run, command, [first, *_options(Request, leave_out)])
+
+
+def _parted(given: dict[str, Any], schema: type[Schema]) -> tuple[dict[str, Any], Runtime]:
+    """The values that were given: those of the schema's fields, and the runtime of the others."""
+    from llm_streamline.recipe import Runtime
+
+    values = {key: value for key, value in given.items() if value not in (None, False, [])}
+    own = {Runtime.model_fields[k].alias or k: v for k, v in values.items() if k in Runtime.model_fields}
+    wanted = {key: value for key, value in values.items() if key in schema.model_fields}
+    return wanted, Runtime(**own).model_copy(update={"command": command_line()})
+
+
+def _options(schema: type[Schema], leave_out: set[str]) -> list[inspect.Parameter]:
+    from llm_streamline.recipe import Runtime
+
+    names = [(one, name) for one in (schema, Runtime) for name in one.model_fields if name != "command"]
+    return [_option(one, name) for one, name in names if name not in leave_out]
+
+
+def _signed(
+    run: Callable[..., None], command: Callable[..., None], parameters: list[inspect.Parameter]
+) -> Callable[..., None]:
+    """`run` with the parameters and the help of a command, as typer reads them."""
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    run.__doc__ = command.__doc__
+    return run
+
+
+def command_line() -> str:
+    return shlex.join(["llm-streamline", *sys.argv[1:]])
