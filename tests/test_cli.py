@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import dynamic_module_utils
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from llm_streamline import assemble as assemble_module
@@ -264,12 +263,11 @@ def test_models_that_cannot_be_used_get_one_sentence(cli, tmp_path_factory, tmp_
     assert not list(tmp_path.iterdir())
 
 
-def test_code_of_its_own_is_refused_even_when_it_is_trusted(cli, tmp_path_factory, tmp_path, text_file, monkeypatch):
+def test_code_of_its_own_is_refused_even_when_it_is_trusted(cli, tmp_path_factory, tmp_path, text_file):
     folder = tiny.make_folder(tmp_path_factory.mktemp("remote") / "model", "llama")
     remote_code(folder)
     code = "from transformers import PretrainedConfig\nclass MyConfig(PretrainedConfig):\n    model_type = 'mine'\n"
     (folder / "configuration_mine.py").write_text(code)
-    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
     given = ("compress", folder, "--data", text_file, "-o", "out", "--remove", "2", "--trust-remote-code")
     refused(cli(*given), "'mine' runs its own code, which is not proven")
     change_config(model_type="llama", auto_map={"AutoModelForCausalLM": "modeling_mine.Mine"})(folder)

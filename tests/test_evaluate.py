@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 from scipy import stats
-from transformers import dynamic_module_utils
 
 from llm_streamline import assemble as assemble_module
 from llm_streamline import oracle
@@ -187,7 +186,6 @@ def test_a_run_folder_stands_for_its_model(models, inputs, tmp_path):
 
 def test_a_folder_with_code_of_its_own_is_evaluated_when_trusted(models, inputs, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(assemble_module, "verify", oracle.check)
-    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     text = tiny.write_jsonl(tmp_path / "train.jsonl", tiny.make_documents(60))
     flags = ["--replace", "ffn", "--custom-code", "--remove", "2", "--tokens", "2k", "--quiet"]
     main(["compress", models[0], "--data", str(text), "-o", str(tmp_path / "shorter"), *flags])
