@@ -160,3 +160,9 @@ def test_files_without_questions_are_refused(tmp_path):
         read_questions(write(tmp_path / "t.jsonl", ""))
     with pytest.raises(UserError, match="cannot be read"):
         read_questions(tmp_path / "nowhere.jsonl")
+
+
+def test_a_line_ends_at_a_line_feed_only(tmp_path):
+    row = {"id": 0, "query": "one\u2028two", "choices": ["a", "b"], "gold": 0}
+    (tmp_path / "q.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert [question.query for question in read_questions(tmp_path / "q.jsonl")] == ["one\u2028two"]

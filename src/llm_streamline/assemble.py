@@ -90,7 +90,9 @@ def _write_model(parts: Parts, dtype: torch.dtype, folder: Path) -> dict[str, in
     model, tensors = build(parts, dtype)
     if parts.plan.custom_code:
         model.save_pretrained(folder, save_original_format=False)  # keys as the folder's own code has them
-        write_custom_code(model, network_in(parts), folder)
+        layer = layers_of(model)[parts.plan.window.start]
+        assert isinstance(layer, NetworkLayer)
+        write_custom_code(model, layer.spec, folder)
     else:
         model.save_pretrained(folder)
     if parts.source.can_generate():  # as it is: some published ones would be refused by transformers' own save

@@ -8,7 +8,7 @@ from typing import Any
 
 from llm_streamline import verdict
 from llm_streamline.files import write_text
-from llm_streamline.records import Manifest
+from llm_streamline.records import LayerPlan, Manifest, Scores
 
 CARD = "README.md"
 TEMPLATES = Path(__file__).parent / "templates"
@@ -104,7 +104,7 @@ def card_text(manifest: Manifest) -> str:
         source=_plain(plan.model),
         removed=verdict.removed(plan),
         judged=verdict.judge(plan, scores) if scores else None,
-        rows=score_rows(manifest),
+        rows=score_rows(plan, scores),
         notes=verdict.notes(plan, manifest.fit, scores),
         recipe=yaml.safe_dump(manifest.recipe, sort_keys=False),
         command=manifest.command or "(called from Python)",
@@ -125,9 +125,8 @@ def metadata(manifest: Manifest) -> str:
     return data.to_yaml()
 
 
-def score_rows(manifest: Manifest) -> list[tuple[str, str, str, str, str, str]]:
+def score_rows(plan: LayerPlan, scores: Scores | None) -> list[tuple[str, str, str, str, str, str]]:
     """The lines of the table of scores: model, layers, parameters, loss, perplexity, excess."""
-    plan, scores = manifest.plan, manifest.scores
     if scores is None:
         return []
     depth, plain = plan.num_layers, plan.plain_window

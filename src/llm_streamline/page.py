@@ -63,7 +63,7 @@ def render(manifest: Manifest, similarity: Similarity, recipe: str, accuracy: Ac
         before=source_layers(plan),
         after=plan.layer_map(),
         stand_in=verdict.stand_in(plan),
-        rows=score_rows(manifest),
+        rows=score_rows(plan, scores),
         parts=data_parts(manifest.data),
         domains=manifest.data.get("domains", {}),
         recipe=recipe,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llm_streamline.card import score_rows
 from llm_streamline.files import atomic
 from llm_streamline.records import (
     FEWEST_EFFECTIVE,
@@ -57,19 +58,8 @@ def usual_lengths(num_layers: int) -> list[int]:
 def summary_table(plan: LayerPlan, scores: Scores) -> Table:
     """What was removed, what it cost and what the replacement brought back."""
     table = _table("model", "layers", "parameters", "held-out loss", "excess, nats")
-    rows = (
-        ("dense", plan.num_layers, f"{plan.parameters_before:,}", scores.dense),
-        (
-            f"cut {plan.plain_window}",
-            plan.num_layers - len(plan.plain_window),
-            f"{plan.plain_parameters:,}",
-            scores.cut,
-        ),
-        ("saved", plan.num_layers - plan.net, f"{plan.parameters_after:,}", scores.saved),
-    )
-    for name, layers, parameters, loss in rows:
-        excess = "" if loss is scores.dense else f"{scores.excess(loss):+.4f}"
-        table.add_row(name, str(layers), parameters, f"{loss.nats:.4f} ± {loss.se:.4f}", excess)
+    for name, layers, parameters, loss, _, excess in score_rows(plan, scores):
+        table.add_row(name, layers, parameters, loss, excess)
     return table
 
 

@@ -16,6 +16,7 @@ from llm_streamline.assemble import assemble
 from llm_streamline.card import CARD, is_licence, origin, source_files, write_card
 from llm_streamline.choose import check_protected, check_request, choose
 from llm_streamline.errors import UserError
+from llm_streamline.evaluate.perplexity import FORWARD_TOKENS as LOSS_TOKENS
 from llm_streamline.evaluate.perplexity import next_token_loss
 from llm_streamline.files import atomic, remove_leftovers
 from llm_streamline.forward import substituted
@@ -30,7 +31,6 @@ from llm_streamline.train import Settings, Track, Trainer, rates
 from llm_streamline.workspace import RunFolder, Workspace, own_contents
 
 FORWARD_TOKENS = 4096  # per batch, where nothing is trained
-LOSS_TOKENS = 2048  # per batch, where logits over the whole vocabulary are held
 
 
 def compress(recipe: Recipe, runtime: Runtime | None = None) -> Result:

@@ -22,9 +22,9 @@ from llm_streamline.files import TEMPORARY, remove_leftovers, sha256, write_text
 from llm_streamline.progress import say
 from llm_streamline.recipe import Runtime
 from llm_streamline.records import Item, Record
+from llm_streamline.text import LARGEST_BLOCK
 
 OURS = {"items", "scores", "evaluation.json"}
-LONGEST_BLOCK = 2048
 FORMAT = 1  # of what is kept: another number is evaluated anew
 
 
@@ -147,7 +147,7 @@ class Evaluator:
     def __init__(self, subject: Subject, label: str, request: Request, folder: Path, quiet: bool) -> None:
         self._subject, self._label, self._folder, self._quiet = subject, label, folder, quiet
         self._limit, self._batch = request.limit, request.batch
-        block = request.block or min(LONGEST_BLOCK, subject.context)
+        block = request.block or min(LARGEST_BLOCK, subject.context)
         if block > subject.context:
             raise UserError(f"--block {block} is longer than the context of {subject.name}, {subject.context} tokens.")
         self._steps = (block, stride_of(block, request.stride))

@@ -148,8 +148,10 @@ def _right_choice(row: dict[str, Any], arguments: list[Any], scores: list[float]
     verdict on the likelier one says which is right.
     """
     texts = [call[1] for call in arguments]
-    if len({call[0] for call in arguments}) == 1 and len(set(texts)) == len(texts):
-        return _gold(row["target"], texts)
+    target = str(row["target"]).strip()
+    told = target.isdigit() or [text.strip() for text in texts].count(target) == 1  # two choices may read the same
+    if told and len({call[0] for call in arguments}) == 1:
+        return _gold(target, texts)
     if len(texts) != 2 or scores[0] == scores[1]:
         raise ValueError("not said")
     likelier = int(scores[1] > scores[0])

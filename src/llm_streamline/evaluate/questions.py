@@ -54,7 +54,7 @@ class Row:
 def read_questions(path: Path) -> list[Question]:
     """Errors: UserError for the first line that holds no question, by its number."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines would also split inside of strings
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read ({reason(error)}); give questions in JSONL.") from error
     numbers: dict[str, int] = {}
