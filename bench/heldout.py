@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from llm_streamline.checkpoint import Source, context_length, load_model, load_tokenizer
-from llm_streamline.evaluate.perplexity import next_token_loss
+from llm_streamline.scoring.perplexity import next_token_loss
 
 
 def main(text: str, *models: str) -> None:

@@ -23,10 +23,10 @@ import torch
 
 from llm_streamline import choose, run, train
 from llm_streamline.errors import UserError
-from llm_streamline.evaluate.perplexity import next_token_loss
 from llm_streamline.forward import Passage, run_window, substituted
 from llm_streamline.progress import progress
 from llm_streamline.recipe import Recipe, Runtime
+from llm_streamline.scoring.perplexity import next_token_loss
 from llm_streamline.text import shuffled
 from llm_streamline.train import Settings, Trainer
 from llm_streamline.workspace import Workspace

@@ -7,7 +7,7 @@ import pytest
 
 from llm_streamline.cli import main
 from llm_streamline.demonstration import QUESTIONS
-from llm_streamline.evaluate.questions import read_questions
+from llm_streamline.scoring.questions import read_questions
 
 
 def test_deleting_costs_and_the_replacement_brings_it_back(tmp_path, capsys, monkeypatch):

@@ -17,13 +17,13 @@ from llm_streamline import assemble as assemble_module
 from llm_streamline import oracle
 from llm_streamline.cli import main
 from llm_streamline.errors import UserError
-from llm_streamline.evaluate import evaluate as stage
-from llm_streamline.evaluate.evaluate import evaluate
-from llm_streamline.evaluate.items import read_items
-from llm_streamline.evaluate.stability import compare_tasks
-from llm_streamline.evaluate.texts import Text, read_text, score_text, stride_of, windows
 from llm_streamline.evaluation import Request
 from llm_streamline.recipe import Runtime
+from llm_streamline.scoring import evaluate as stage
+from llm_streamline.scoring.evaluate import evaluate
+from llm_streamline.scoring.items import read_items
+from llm_streamline.scoring.stability import compare_tasks
+from llm_streamline.scoring.texts import Text, read_text, score_text, stride_of, windows
 from tests import tiny
 from tests.test_tasks import make_jsonl, make_yaml
 

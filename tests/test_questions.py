@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from llm_streamline.errors import UserError
-from llm_streamline.evaluate.items import read_items
-from llm_streamline.evaluate.perplexity import batches
-from llm_streamline.evaluate.questions import Question, accuracy, answers, encode, read_questions
+from llm_streamline.scoring.items import read_items
+from llm_streamline.scoring.perplexity import batches
+from llm_streamline.scoring.questions import Question, accuracy, answers, encode, read_questions
 from tests import tiny
 
 GOOD = {"id": 0, "query": "The boat is", "choices": ["red", "small"], "gold": 1}

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from llm_streamline.errors import UserError
-from llm_streamline.evaluate.items import read_items
-from llm_streamline.evaluate.stability import compare, compare_tasks, macro, weights
 from llm_streamline.records import Item
+from llm_streamline.scoring.items import read_items
+from llm_streamline.scoring.stability import compare, compare_tasks, macro, weights
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
 

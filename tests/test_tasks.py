@@ -12,8 +12,8 @@ import torch
 
 from llm_streamline.checkpoint import Source, context_length, load_config, load_model, load_tokenizer
 from llm_streamline.errors import UserError
-from llm_streamline.evaluate.items import sample_item
-from llm_streamline.evaluate.questions import answers, encode, read_questions
+from llm_streamline.scoring.items import sample_item
+from llm_streamline.scoring.questions import answers, encode, read_questions
 from tests import tiny
 
 YAML = """task: {name}
@@ -52,7 +52,7 @@ def make_jsonl(path: Path, count: int = 24) -> Path:
 
 def agree(model, tokenizer, jsonl: Path, folder: Path, limit: int | None = None) -> float:
     """Ours and lm-eval's answers to the same questions are the same, item by item; their accuracy."""
-    from llm_streamline.evaluate.tasks import open_harness, run_harness
+    from llm_streamline.scoring.tasks import open_harness, run_harness
 
     questions = read_questions(jsonl)[:limit]
     ours = answers(model, questions, encode(tokenizer, questions, context_length(model.config)), "same", quiet=True)
@@ -93,7 +93,7 @@ def test_questions_are_answered_as_lm_eval_does_by_a_model_that_knows(tmp_path, 
 
 @pytest.mark.filterwarnings("ignore")
 def test_what_is_no_multiple_choice_has_figures_and_no_items(tmp_path, harness):
-    from llm_streamline.evaluate.tasks import open_harness, run_harness
+    from llm_streamline.scoring.tasks import open_harness, run_harness
 
     more = "generation_kwargs: {max_gen_toks: 3, until: ['.']}\nmetric_list: [{metric: exact_match}]"
     file = make_yaml(tmp_path, make_jsonl(tmp_path / "q.jsonl", 4), "free", "generate_until", more)
@@ -104,7 +104,7 @@ def test_what_is_no_multiple_choice_has_figures_and_no_items(tmp_path, harness):
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_tasks_digest_follows_its_questions(tmp_path, harness):
-    from llm_streamline.evaluate.tasks import open_harness
+    from llm_streamline.scoring.tasks import open_harness
 
     found = set()
     for count in (3, 3, 4):
@@ -123,7 +123,7 @@ def test_a_tasks_digest_follows_its_questions(tmp_path, harness):
     ],
 )
 def test_tasks_that_are_none_get_one_sentence(tmp_path, monkeypatch, harness, given, words):
-    from llm_streamline.evaluate.tasks import open_harness
+    from llm_streamline.scoring.tasks import open_harness
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bad.yaml").write_text("task: bad\noutput_type: multiple_choice\ndataset_path: nowhere/at-all\n")
@@ -133,7 +133,7 @@ def test_tasks_that_are_none_get_one_sentence(tmp_path, monkeypatch, harness, gi
 
 
 def test_a_missing_lm_eval_is_said_with_what_works_without(monkeypatch):
-    from llm_streamline.evaluate import tasks
+    from llm_streamline.scoring import tasks
 
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     with pytest.raises(UserError, match=r"install 'llm-streamline\[eval\]', or give questions in a .jsonl"):

@@ -13,19 +13,23 @@ __version__ = "0.1.0"
 _HOMES = {
     "compress": "run",
     "verify": "oracle",
+    "evaluate": "scoring.evaluate",
     "Recipe": "recipe",
     "Runtime": "recipe",
+    "Request": "evaluation",
     "LayerPlan": "records",
     "UserError": "errors",
 }
-__all__ = ["LayerPlan", "Recipe", "Runtime", "UserError", "__version__", "compress", "verify"]
+__all__ = ["LayerPlan", "Recipe", "Request", "Runtime", "UserError", "__version__", "compress", "evaluate", "verify"]
 
 if TYPE_CHECKING:
     from llm_streamline.errors import UserError
+    from llm_streamline.evaluation import Request
     from llm_streamline.oracle import verify
     from llm_streamline.recipe import Recipe, Runtime
     from llm_streamline.records import LayerPlan
     from llm_streamline.run import compress
+    from llm_streamline.scoring.evaluate import evaluate
 
 
 def __getattr__(name: str) -> Any:

@@ -126,9 +126,9 @@ def stability(
 
     Reads our items, lm-eval's samples_*.jsonl and OpenCompass's prediction folders, whichever a path holds.
     """
-    from llm_streamline.evaluate.items import read_items
-    from llm_streamline.evaluate.stability import compare_tasks
     from llm_streamline.report import stability_lines, stability_table
+    from llm_streamline.scoring.items import read_items
+    from llm_streamline.scoring.stability import compare_tasks
 
     found = compare_tasks(read_items(before), read_items(after))
     as_json = {"tasks": [json.loads(one.model_dump_json()) for one in found]}
@@ -141,8 +141,8 @@ def evaluate(request: Request, runtime: Runtime) -> None:
     Writes every answer to OUT/items/MODEL/TASK.jsonl and all figures to OUT/evaluation.json. What an earlier, also an
     interrupted, evaluation in OUT has finished is not repeated.
     """
-    from llm_streamline.evaluate.evaluate import evaluate
     from llm_streamline.report import evaluation_lines
+    from llm_streamline.scoring.evaluate import evaluate
 
     found = evaluate(request, runtime)
     _print(runtime.json_output, found, evaluation_lines(found))

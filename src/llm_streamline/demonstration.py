@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from llm_streamline import checkpoint
-from llm_streamline.evaluate.questions import accuracy, read_questions
 from llm_streamline.forward import substituted
 from llm_streamline.page import write_report
 from llm_streamline.recipe import Recipe, Runtime
 from llm_streamline.records import Accuracy, Result
 from llm_streamline.run import shorten
+from llm_streamline.scoring.questions import accuracy, read_questions
 from llm_streamline.workspace import RunFolder, Workspace
 
 LEARNING_RATE = 4e-3  # the bundled model is narrow and its weights are large

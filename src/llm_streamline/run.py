@@ -16,8 +16,6 @@ from llm_streamline.assemble import assemble
 from llm_streamline.card import CARD, is_licence, origin, source_files, write_card
 from llm_streamline.choose import check_protected, check_request, choose
 from llm_streamline.errors import UserError
-from llm_streamline.evaluate.perplexity import FORWARD_TOKENS as LOSS_TOKENS
-from llm_streamline.evaluate.perplexity import next_token_loss
 from llm_streamline.files import atomic, remove_leftovers
 from llm_streamline.forward import substituted
 from llm_streamline.oracle import MANIFEST, versions
@@ -26,6 +24,8 @@ from llm_streamline.progress import say
 from llm_streamline.recipe import Recipe, Runtime
 from llm_streamline.records import Fit, Inputs, LayerPlan, Manifest, Result, Scores, Similarity, Verification
 from llm_streamline.replacement import ReplacementLayers
+from llm_streamline.scoring.perplexity import FORWARD_TOKENS as LOSS_TOKENS
+from llm_streamline.scoring.perplexity import next_token_loss
 from llm_streamline.text import shuffled
 from llm_streamline.train import Settings, Track, Trainer, rates
 from llm_streamline.workspace import RunFolder, Workspace, own_contents

@@ -16,10 +16,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_streamline.errors import UserError, reason
-from llm_streamline.evaluate.perplexity import token_losses
 from llm_streamline.evaluation import TextScore
 from llm_streamline.files import sha256
 from llm_streamline.progress import progress
+from llm_streamline.scoring.perplexity import token_losses
 
 SUFFIXES = (".txt", ".jsonl")
 

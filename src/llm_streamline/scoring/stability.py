@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from llm_streamline.errors import UserError
-from llm_streamline.evaluate.items import Tasks
 from llm_streamline.records import FEWEST_EFFECTIVE, SIGNIFICANCE, Item, Stability
+from llm_streamline.scoring.items import Tasks
 
 RESAMPLES = 2000
 Values = NDArray[np.float64]

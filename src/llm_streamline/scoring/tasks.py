@@ -19,9 +19,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_streamline.checkpoint import context_length
 from llm_streamline.errors import UserError, reason
-from llm_streamline.evaluate.items import sample_item
 from llm_streamline.files import sha256
 from llm_streamline.records import Item
+from llm_streamline.scoring.items import sample_item
 
 YAML = (".yaml", ".yml")
 _RESAMPLES = 1000  # of lm-eval, where it has no formula for a standard error

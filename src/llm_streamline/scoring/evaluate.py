@@ -11,17 +11,17 @@ from typing import TypeVar
 from scipy import stats
 
 from llm_streamline.errors import UserError
-from llm_streamline.evaluate.items import Tasks, read_items
-from llm_streamline.evaluate.questions import Question, Row, answers, encode, read_questions
-from llm_streamline.evaluate.stability import compare_tasks
-from llm_streamline.evaluate.subject import Subject
-from llm_streamline.evaluate.tasks import YAML, Answers, HarnessTask, open_harness, run_harness
-from llm_streamline.evaluate.texts import Text, read_text, score_text, stride_of
 from llm_streamline.evaluation import Evaluation, Interval, ModelScore, Request, TaskScore, TextScore
 from llm_streamline.files import TEMPORARY, remove_leftovers, sha256, write_text
 from llm_streamline.progress import say
 from llm_streamline.recipe import Runtime
 from llm_streamline.records import Item, Record
+from llm_streamline.scoring.items import Tasks, read_items
+from llm_streamline.scoring.questions import Question, Row, answers, encode, read_questions
+from llm_streamline.scoring.stability import compare_tasks
+from llm_streamline.scoring.subject import Subject
+from llm_streamline.scoring.tasks import YAML, Answers, HarnessTask, open_harness, run_harness
+from llm_streamline.scoring.texts import Text, read_text, score_text, stride_of
 from llm_streamline.text import LARGEST_BLOCK
 
 OURS = {"items", "scores", "evaluation.json"}

@@ -20,9 +20,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_streamline.checkpoint import context_length
 from llm_streamline.errors import UserError, reason
-from llm_streamline.evaluate.perplexity import token_losses
 from llm_streamline.progress import progress
 from llm_streamline.records import Item
+from llm_streamline.scoring.perplexity import token_losses
 
 _FIELDS = ("id", "query", "choices", "gold")
 _FORM = '{"id": 0, "query": "2 + 2 =", "choices": ["4", "5"], "gold": 0}'
