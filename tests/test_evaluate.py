@@ -19,7 +19,7 @@ from llm_streamline.cli import main
 from llm_streamline.errors import UserError
 from llm_streamline.evaluation import Request
 from llm_streamline.recipe import Runtime
-from llm_streamline.scoring import evaluate as stage
+from llm_streamline.scoring import evaluator as stage
 from llm_streamline.scoring.evaluate import evaluate
 from llm_streamline.scoring.items import read_items
 from llm_streamline.scoring.stability import compare_tasks

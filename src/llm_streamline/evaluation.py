@@ -20,14 +20,17 @@ class Request(Schema):
     against: str | None = Field(None, description="The dense model, to compare the others' answers with item by item.")
     tasks: Names = Field(
         (),
-        description="Questions in a .jsonl file (id, query, choices, gold), a task of lm-eval as a .yaml file, or the "
-        "name of one, which takes llm-streamline[eval]. Repeat it for several.",
+        description="Questions in a .jsonl file (id, query, choices, gold), the bundled suite quick, or, with "
+        "llm-streamline[eval], the suite readme or paper or a task of lm-eval by name or .yaml file. Repeat it for "
+        "several. [default: quick, where no --text is given either]",
     )
     text: Names = Field(
         (),
         description="Text to take the perplexity of: a .txt file, which is one document, or a .jsonl file with one per "
         "line in 'text'. Repeat it for several.",
     )
+    samples: bool = Field(False, description="Let the models write after a few prompts, to see whether they still can.")
+    speed: bool = Field(False, description="Measure speed and memory, the models taking turns.")
     limit: Count | None = Field(None, description="Only the first so many questions of a task and documents of a text.")
     batch: Count | None = Field(None, description="Sequences per forward. [default: about 2048 tokens]")
     block: Count | None = Field(
@@ -43,6 +46,8 @@ class Request(Schema):
 class TaskScore(Record):
     """One model on one task.
 
+    `group` is the group of tasks that it belongs to, where it belongs to one.
+
     `value` is the accuracy by summed log-likelihood (lm-eval's `acc`) with its Wilson interval, or else `metric`, a
     figure of lm-eval's own. `right_by_ppl` is the share of questions whose choice of lowest PPL is right, which is what
     stability counts. `cut` counts questions that were longer than the context, and lost tokens in front.
@@ -57,6 +62,7 @@ class TaskScore(Record):
     measure: str | None
     cut: int | None
     others: dict[str, float] | None = None
+    group: str | None = None
 
 
 class TextScore(Record):
@@ -79,8 +85,95 @@ class TextScore(Record):
     blocked: bool
 
 
+class GroupScore(Record):
+    """A group of tasks, such as the subjects of one examination: means in which every task weighs the same."""
+
+    group: str
+    tasks: int
+    items: int
+    accuracy: float
+    stability: float | None
+
+
+class Written(Record):
+    """What one model wrote to a prompt, greedily; a prompt of a task has right `answers`, a sample has none.
+
+    `ended` is whether it ended by itself, by its end token or what ends an answer. `repeated` is the share of 4-grams
+    of tokens that came before in the same text, 0 in text that never repeats itself. `exact` is whether the text is one
+    of the answers but for case, punctuation and space; `rouge` is ROUGE-1, -2 and -L, the best over the answers.
+    """
+
+    task: str
+    id: str
+    prompt: str
+    text: str
+    tokens: int
+    ended: bool
+    repeated: float
+    answers: list[str] | None = None
+    exact: bool | None = None
+    rouge: dict[str, float] | None = None
+
+
+class Writing(Record):
+    """How one model writes, over its samples: shares of them that loop, that end early, and of repeated 4-grams.
+
+    A sample loops where over half of its 4-grams are repeated; it ends early within EARLY tokens.
+    """
+
+    samples: int
+    tokens: int
+    repeated: float
+    looping: float
+    early: float
+    unended: float
+
+
+class Flips(Record):
+    """Two models' answers to one written task: right by both, lost, gained, and wrong by both."""
+
+    task: str
+    items: int
+    both: int
+    lost: int
+    gained: int
+    neither: int
+    flips: float
+    mcnemar_p: float
+    difference_interval: Interval
+
+
+class Timing(Record):
+    """One model at one batch size: tokens per second reading a prompt (prefill) and writing after it (decode).
+
+    Medians over rounds in which the models take turns. The ratios are to the dense model, round by round: their median
+    with the interval of the medians of resampled rounds; None where there is no dense model.
+    """
+
+    batch: int
+    prompt: int
+    new: int
+    rounds: int
+    prefill: float
+    decode: float
+    prefill_ratio: float | None = None
+    prefill_interval: Interval | None = None
+    decode_ratio: float | None = None
+    decode_interval: Interval | None = None
+
+
+class Size(Record):
+    """Bytes: of all weights, of the KV cache per token, and the most a process held that loaded the model and wrote."""
+
+    parameters: int
+    weights: int
+    cache_per_token: float
+    peak: int
+    peak_of: str
+
+
 class ModelScore(Record):
-    """One model; `label` is its folder in items/, `stability` is against the dense model, task by task."""
+    """One model; `label` is its folder in items/. `stability` and `flips` are against the dense model, task by task."""
 
     label: str
     model: str
@@ -88,11 +181,23 @@ class ModelScore(Record):
     compute: str
     tasks: list[TaskScore]
     texts: list[TextScore]
+    groups: tuple[GroupScore, ...] = ()
     stability: list[Stability] | None = None
+    flips: list[Flips] | None = None
+    written: tuple[Written, ...] = ()
+    writing: Writing | None = None
+    timings: tuple[Timing, ...] = ()
+    size: Size | None = None
 
 
 class Evaluation(Record):
-    """What `evaluate` hands back and writes as evaluation.json; `against` is a label."""
+    """What `evaluate` hands back and writes as evaluation.json; `against` is a label.
+
+    `warnings` are sentences: where accuracy says that a model is fine and writing, perplexity or flips say otherwise.
+    """
 
     against: str | None
     models: list[ModelScore]
+    warnings: tuple[str, ...] = ()
+    command: str | None = None
+    versions: dict[str, str] | None = None
