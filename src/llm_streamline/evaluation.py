@@ -10,6 +10,7 @@ from llm_streamline.recipe import Count, Schema, as_several
 from llm_streamline.records import Record, Stability
 
 Interval = tuple[float, float]
+EXACT = "exact match"  # the metric of written tasks
 Names = Annotated[tuple[str, ...], BeforeValidator(as_several)]
 
 
@@ -63,6 +64,11 @@ class TaskScore(Record):
     cut: int | None
     others: dict[str, float] | None = None
     group: str | None = None
+
+    @property
+    def kept_items(self) -> bool:
+        """Whether every item lies in items/."""
+        return self.measure is not None or self.metric == EXACT
 
 
 class TextScore(Record):
@@ -163,13 +169,16 @@ class Timing(Record):
 
 
 class Size(Record):
-    """Bytes: of all weights, of the KV cache per token, and the most a process held that loaded the model and wrote."""
+    """Bytes, as loaded: of all weights, of the KV cache per token, and the most that was held while writing.
+
+    `peak` is of a process that does nothing else, and on a GPU of what was allocated there; `cache_per_token` is None
+    where a model's cache does not tell.
+    """
 
     parameters: int
     weights: int
-    cache_per_token: float
-    peak: int
-    peak_of: str
+    cache_per_token: float | None
+    peak: int | None = None
 
 
 class ModelScore(Record):

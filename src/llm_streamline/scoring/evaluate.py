@@ -6,15 +6,18 @@ from pathlib import Path
 from typing import TypeVar
 
 from llm_streamline.errors import UserError
-from llm_streamline.evaluation import Evaluation, ModelScore, Request
+from llm_streamline.evaluation import EXACT, Evaluation, ModelScore, Request, Written
 from llm_streamline.files import TEMPORARY, remove_leftovers
+from llm_streamline.oracle import versions
 from llm_streamline.recipe import Runtime
-from llm_streamline.scoring.evaluator import Evaluator, kept_file
+from llm_streamline.scoring.evaluator import Evaluator, Kept, kept_file
 from llm_streamline.scoring.given import Task, open_tasks
 from llm_streamline.scoring.items import Tasks, read_items
+from llm_streamline.scoring.prompts import bundled_openings
 from llm_streamline.scoring.stability import compare_tasks
 from llm_streamline.scoring.subject import Subject
 from llm_streamline.scoring.texts import Text, read_text
+from llm_streamline.scoring.writing import compare_written
 
 OURS = {"items", "scores", "evaluation.json"}
 
@@ -24,7 +27,7 @@ def evaluate(request: Request, runtime: Runtime) -> Evaluation:
     folder = _folder(runtime.output)
     tasks = _unique([task for given in request.tasks for task in open_tasks(given, request.limit)])
     texts = _unique([read_text(Path(given), request.limit) for given in request.text])
-    if not request.models or not (tasks or texts):
+    if not request.models or not (tasks or texts or request.samples or request.speed):
         what = "MODEL" if not request.models else "--tasks and no --text"
         raise UserError(f"no {what} was given; name a model, and questions with --tasks or a text with --text.")
     subjects = _subjects(request, runtime)
@@ -32,9 +35,13 @@ def evaluate(request: Request, runtime: Runtime) -> Evaluation:
     for one in evaluators:
         one.check(tasks)
     remove_leftovers(folder)
-    found = [one.run(tasks, texts) for one in evaluators]
+    found = [one.run(tasks, texts, bundled_openings() if request.samples else ()) for one in evaluators]
     dense = next((label for label, one in subjects.items() if one.name == request.against), None)
-    result = Evaluation(against=dense, models=_compared(found, dense, folder))
+    if request.speed:
+        found = with_speed(found, evaluators, dense, runtime)
+    result = Evaluation(
+        against=dense, models=compared(found, dense, folder), command=runtime.command, versions=versions()
+    )
     result.write(folder / "evaluation.json")
     return result
 
@@ -82,15 +89,43 @@ def _subjects(request: Request, runtime: Runtime) -> dict[str, Subject]:
     return dict(zip(full, subjects, strict=True))
 
 
-def _compared(found: list[ModelScore], dense: str | None, folder: Path) -> list[ModelScore]:
-    """The scores, with every other model's stability against the dense one's items."""
-    if dense is None or not any(task.measure for task in found[0].tasks):
-        return found
-    before = _items(folder, found[0])
-    after = {one.label: compare_tasks(before, _items(folder, one)) for one in found if one.label != dense}
-    return [one.model_copy(update={"stability": after.get(one.label)}) for one in found]
+def with_speed(
+    found: list[ModelScore], evaluators: list[Evaluator], dense: str | None, runtime: Runtime
+) -> list[ModelScore]:
+    """The scores with timings and sizes, every model taking turns with the dense one."""
+    first = next((one for one in evaluators if one.label == dense), None)
+    measured: dict[str, Kept] = {}
+    for one in evaluators:
+        if one is not first or len(evaluators) == 1:
+            own, of_dense = one.speed(first if one is not first else None, runtime)
+            measured[one.label] = own
+            if of_dense and dense:
+                measured.setdefault(dense, of_dense)
+    return [
+        one.model_copy(update={"timings": measured[one.label].timings, "size": measured[one.label].size})
+        for one in found
+    ]
 
 
-def _items(folder: Path, score: ModelScore) -> Tasks:
-    files = [kept_file(folder, "items", score.label, task.task) for task in score.tasks if task.measure]
+def compared(found: list[ModelScore], dense: str | None, folder: Path) -> list[ModelScore]:
+    """The scores, with every other model's stability and flips against the dense one's items."""
+    first = next((one for one in found if one.label == dense), None)
+    return [one if first is None or one is first else _against(first, one, folder) for one in found]
+
+
+def _against(dense: ModelScore, one: ModelScore, folder: Path) -> ModelScore:
+    chosen = [task.task for task in dense.tasks if task.measure]
+    written = [task.task for task in dense.tasks if task.metric == EXACT]
+    stability = compare_tasks(_items(folder, dense, chosen), _items(folder, one, chosen)) if chosen else None
+    flips = [compare_written(_answers(folder, dense, task), _answers(folder, one, task)) for task in written]
+    return one.model_copy(update={"stability": stability, "flips": flips or None})
+
+
+def _items(folder: Path, score: ModelScore, tasks: list[str]) -> Tasks:
+    files = [kept_file(folder, "items", score.label, task) for task in tasks]
     return {name: items for file in files for name, items in read_items(file).items()}
+
+
+def _answers(folder: Path, score: ModelScore, task: str) -> list[Written]:
+    lines = kept_file(folder, "items", score.label, task).read_text(encoding="utf-8").split("\n")
+    return [Written.model_validate_json(line) for line in lines if line]

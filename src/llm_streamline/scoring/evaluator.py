@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import fmean
 
 from scipy import stats
 
 from llm_streamline.errors import UserError
-from llm_streamline.evaluation import Interval, ModelScore, Request, TaskScore, TextScore
+from llm_streamline.evaluation import EXACT, Interval, ModelScore, Request, Size, TaskScore, TextScore, Timing, Written
 from llm_streamline.files import sha256, write_text
 from llm_streamline.progress import say
+from llm_streamline.recipe import Runtime
 from llm_streamline.records import Item, Record
-from llm_streamline.scoring.given import Questions, Task
+from llm_streamline.scoring.given import Prompts, Questions, Task
+from llm_streamline.scoring.peak import process_peak
+from llm_streamline.scoring.prompts import Prompt
 from llm_streamline.scoring.questions import Row, answers, encode
-from llm_streamline.scoring.subject import Subject
+from llm_streamline.scoring.speed import size, timings
+from llm_streamline.scoring.subject import Evaluated
 from llm_streamline.scoring.tasks import Answers, HarnessTask, run_harness
 from llm_streamline.scoring.texts import Text, score_text, stride_of
+from llm_streamline.scoring.writing import summarize, write
 from llm_streamline.text import LARGEST_BLOCK
 
+NEW = 64  # tokens that a model may write to one prompt
+SAMPLES = "samples"
 FORMAT = 1  # of what is kept: another number is evaluated anew
 
 
@@ -29,6 +37,9 @@ class Kept(Record):
     made_of: str
     task: TaskScore | None = None
     text: TextScore | None = None
+    written: tuple[Written, ...] | None = None
+    timings: tuple[Timing, ...] | None = None
+    size: Size | None = None
 
 
 def kept_file(folder: Path, kind: str, label: str, name: str) -> Path:
@@ -37,10 +48,10 @@ def kept_file(folder: Path, kind: str, label: str, name: str) -> Path:
 
 
 class Evaluator:
-    """One model on all tasks and texts; what is kept from before is taken as it is."""
+    """One model on tasks, texts and prompts; what is kept from before is taken as it is."""
 
-    def __init__(self, subject: Subject, label: str, request: Request, folder: Path, quiet: bool) -> None:
-        self._subject, self._label, self._folder, self._quiet = subject, label, folder, quiet
+    def __init__(self, subject: Evaluated, label: str, request: Request, folder: Path, quiet: bool) -> None:
+        self._subject, self.label, self._folder, self._quiet = subject, label, folder, quiet
         self._limit, self._batch = request.limit, request.batch
         block = request.block or min(LARGEST_BLOCK, subject.context)
         if block > subject.context:
@@ -54,36 +65,76 @@ class Evaluator:
             if isinstance(task, Questions):
                 self._rows[task.name] = encode(self._subject.tokenizer, task.questions, self._subject.context)
 
-    def run(self, tasks: Sequence[Task], texts: Sequence[Text]) -> ModelScore:
+    def run(self, tasks: Sequence[Task], texts: Sequence[Text], prompts: Sequence[Prompt] = ()) -> ModelScore:
+        """Everything but speed, for which models take turns. What the model writes to `prompts` are its samples."""
         one = self._subject
         scores = [self._task(task) for task in tasks]
         predicted = [self._text(text) for text in texts]
+        samples = self._samples(prompts) if prompts else ()
         one.release()
         return ModelScore(
-            label=self._label,
+            label=self.label,
             model=one.name,
             fingerprint=one.fingerprint,
             compute=one.compute,
             tasks=scores,
             texts=predicted,
+            written=samples,
+            writing=summarize(samples) if samples else None,
         )
+
+    def speed(self, dense: Evaluator | None, runtime: Runtime) -> tuple[Kept, Kept | None]:
+        """Timings and size of this model, and of the dense one that it took turns with."""
+        one, other = self._subject, dense._subject if dense else None
+        made_of = self._made_of("speed", other and other.fingerprint, runtime.device, runtime.threads)
+        files = [kept_file(self._folder, "scores", self.label, name) for name in ("_speed", "_speed-of-dense")]
+        kept = [Kept.read(file) for file in files if file.is_file()]
+        if len(kept) < 1 + bool(dense) or any(found.made_of != made_of for found in kept):
+            pair = [subject for subject in (other, one) if subject]
+            found = timings([subject.model for subject in pair], one.context, self.label, self._quiet)
+            sizes = [self._size(subject, runtime) for subject in pair]
+            kept = [
+                Kept(made_of=made_of, timings=tuple(times), size=size)
+                for times, size in zip(reversed(found), reversed(sizes), strict=True)
+            ]
+            for record, file in zip(kept, files, strict=False):
+                record.write(file)
+            one.release()
+        return kept[0], kept[1] if dense else None
+
+    def _size(self, subject: Evaluated, runtime: Runtime) -> Size:
+        found = size(subject.model, subject.context)
+        if found.peak is not None or subject.path is None:
+            return found
+        return found.model_copy(update={"peak": process_peak(subject.path, runtime)})
 
     def _made_of(self, *more: object) -> str:
         one = self._subject
         parts = [FORMAT, one.fingerprint, one.tokenizer_digest, one.context, one.compute, self._limit, *more]
         return sha256(json.dumps(parts).encode())
 
+    def _keep(self, name: str, made_of: str, make: Callable[[], Kept]) -> Kept:
+        """What was made of the same before and is whole, or else made now."""
+        file = kept_file(self._folder, "scores", self.label, name)
+        kept = Kept.read(file) if file.is_file() else None
+        items = kept_file(self._folder, "items", self.label, name)
+        if kept and kept.made_of == made_of and (items.is_file() or not (kept.task and kept.task.kept_items)):
+            return kept
+        say(f"{self.label}: {name}", self._quiet)
+        found = make()
+        found.write(file)
+        return found
+
     def _task(self, task: Task) -> TaskScore:
         made_of = self._made_of(task.digest)
-        file = kept_file(self._folder, "scores", self._label, task.name)
-        kept = Kept.read(file) if file.is_file() else None
-        items = kept_file(self._folder, "items", self._label, task.name)
-        if kept and kept.task and kept.made_of == made_of and (items.is_file() or not kept.task.measure):
-            return kept.task
-        say(f"{self._label}: {task.name}", self._quiet)
-        score = self._asked(task) if isinstance(task, Questions) else self._harness(task)
-        Kept(made_of=made_of, task=score).write(file)
-        return score
+        kept = self._keep(task.name, made_of, lambda: Kept(made_of=made_of, task=self._ask(task)))
+        assert kept.task
+        return kept.task
+
+    def _ask(self, task: Task) -> TaskScore:
+        if isinstance(task, Questions):
+            return self._asked(task)
+        return self._answered(task) if isinstance(task, Prompts) else self._harness(task)
 
     def _asked(self, task: Questions) -> TaskScore:
         rows = self._rows[task.name]
@@ -98,6 +149,21 @@ class Evaluator:
             )
         return task_score(items).model_copy(update={"cut": cut})
 
+    def _answered(self, task: Prompts) -> TaskScore:
+        found = self._writes(task.prompts, task.name)
+        self._write(found)
+        return written_score(found)
+
+    def _writes(self, prompts: Sequence[Prompt], name: str) -> list[Written]:
+        one = self._subject
+        longest = (one.context, min(NEW, one.context // 2))
+        return write(one.model, one.tokenizer, prompts, name, longest, self._batch, self._quiet)
+
+    def _samples(self, prompts: Sequence[Prompt]) -> tuple[Written, ...]:
+        made_of = self._made_of(NEW, *(prompt.text for prompt in prompts))
+        make = lambda: Kept(made_of=made_of, written=tuple(self._writes(prompts, SAMPLES)))  # noqa: E731
+        return self._keep(f"_{SAMPLES}", made_of, make).written or ()
+
     def _harness(self, task: HarnessTask) -> TaskScore:
         found = run_harness(self._subject.model, self._subject.tokenizer, task, self._limit, self._batch)
         others = {name: value for name, (value, _) in found.metrics.items()}
@@ -106,37 +172,57 @@ class Evaluator:
             return task_score(found.items).model_copy(update={"others": others})
         return _figure(task.name, found)
 
-    def _write(self, items: Sequence[Item]) -> None:
+    def _write(self, items: Sequence[Item] | Sequence[Written]) -> None:
         lines = "".join(item.model_dump_json() + "\n" for item in items)
-        write_text(kept_file(self._folder, "items", self._label, items[0].task), lines)
+        write_text(kept_file(self._folder, "items", self.label, items[0].task), lines)
 
     def _text(self, text: Text) -> TextScore:
-        made_of = self._made_of(text.digest, self._steps)
-        file = kept_file(self._folder, "scores", self._label, f"text-{text.name}")
-        kept = Kept.read(file) if file.is_file() else None
-        if kept and kept.text and kept.made_of == made_of:
-            return kept.text
-        say(f"{self._label}: {text.name}", self._quiet)
-        one = self._subject
-        score = score_text(one.model, one.tokenizer, text, self._steps, self._batch, self._quiet)
-        Kept(made_of=made_of, text=score).write(file)
-        return score
+        made_of, one = self._made_of(text.digest, self._steps), self._subject
+
+        def make() -> Kept:
+            score = score_text(one.model, one.tokenizer, text, self._steps, self._batch, self._quiet)
+            return Kept(made_of=made_of, text=score)
+
+        found = self._keep(f"text-{text.name}", made_of, make).text
+        assert found
+        return found
+
+
+def written_score(found: Sequence[Written]) -> TaskScore:
+    """Share of exact matches with its Wilson interval, and the means of ROUGE."""
+    right = sum(bool(one.exact) for one in found)
+    rouges = [one.rouge for one in found if one.rouge]
+    return TaskScore(
+        task=found[0].task,
+        metric=EXACT,
+        value=right / len(found),
+        interval=_wilson(right, len(found)),
+        items=len(found),
+        right_by_ppl=None,
+        measure=None,
+        cut=None,
+        others={kind: fmean(rouge[kind] for rouge in rouges) for kind in rouges[0]},
+    )
 
 
 def task_score(items: Sequence[Item]) -> TaskScore:
     """Accuracy by summed log-likelihood with its Wilson interval, and the share right by PPL."""
     right = sum(bool(item.likeliest_right) for item in items)
-    interval = stats.binomtest(right, len(items)).proportion_ci(method="wilson")
     return TaskScore(
         task=items[0].task,
         metric="accuracy",
         value=right / len(items),
-        interval=(float(interval.low), float(interval.high)),
+        interval=_wilson(right, len(items)),
         items=len(items),
         right_by_ppl=sum(item.right for item in items) / len(items),
         measure=items[0].measure,
         cut=None,
     )
+
+
+def _wilson(right: int, count: int) -> Interval:
+    interval = stats.binomtest(right, count).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def _figure(name: str, found: Answers) -> TaskScore:

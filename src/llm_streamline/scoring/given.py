@@ -8,8 +8,10 @@ from pathlib import Path
 
 from llm_streamline.errors import UserError
 from llm_streamline.files import sha256
-from llm_streamline.scoring.questions import Question, read_questions
+from llm_streamline.scoring.prompts import Prompt, read_prompts
+from llm_streamline.scoring.questions import Question, check_questions, read_rows
 from llm_streamline.scoring.tasks import YAML, HarnessTask, open_harness
+from llm_streamline.scoring.writing import check_rouge
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,16 @@ class Questions:
     questions: list[Question]
 
 
-Task = Questions | HarnessTask
+@dataclass(frozen=True)
+class Prompts:
+    """A .jsonl file's questions that are to be answered in writing."""
+
+    name: str
+    digest: str
+    prompts: list[Prompt]
+
+
+Task = Questions | Prompts | HarnessTask
 
 
 def open_tasks(given: str, limit: int | None) -> Sequence[Task]:
@@ -29,7 +40,17 @@ def open_tasks(given: str, limit: int | None) -> Sequence[Task]:
     if path.suffix == ".jsonl":
         if not path.is_file():
             raise UserError(f"--tasks {given} is no file here; give a .jsonl of questions, or a task of lm-eval.")
-        return [Questions(path.stem, sha256(path.read_bytes()), read_questions(path)[:limit])]
+        return [open_jsonl(path, limit)]
     if path.exists() and path.suffix not in YAML:
         raise UserError(f"--tasks {given} is no task; give a .jsonl of questions, a .yaml of lm-eval's, or a name.")
     return open_harness(given)
+
+
+def open_jsonl(path: Path, limit: int | None) -> Questions | Prompts:
+    """Questions with choices, or, where the first has an `answer` and no choices, to be answered in writing."""
+    rows, digest = read_rows(path), sha256(path.read_bytes())
+    first = rows[0][1]
+    if isinstance(first, dict) and "answer" in first and "choices" not in first:
+        check_rouge()
+        return Prompts(path.stem, digest, read_prompts(path, rows)[:limit])
+    return Questions(path.stem, digest, check_questions(path, rows)[:limit])

@@ -51,35 +51,48 @@ class Row:
     cut: int
 
 
-def read_questions(path: Path) -> list[Question]:
-    """Errors: UserError for the first line that holds no question, by its number."""
+def read_rows(path: Path) -> list[tuple[int, Any]]:
+    """The lines of a JSONL file, each with its number from 1. Errors: UserError, by that number."""
     try:
         lines = path.read_text(encoding="utf-8").split("\n")  # splitlines would also split inside of strings
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read ({reason(error)}); give questions in JSONL.") from error
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows += [(number, json.loads(line))] if line.strip() else []
+        except json.JSONDecodeError as error:
+            raise UserError(
+                f"{path}, line {number}, is not JSON ({error.msg}); write a question such as {_FORM}."
+            ) from error
+    if not rows:
+        raise UserError(f"{path} holds no questions; write one per line, such as {_FORM}.")
+    return rows
+
+
+def read_questions(path: Path) -> list[Question]:
+    """Errors: UserError for the first line that holds no question, by its number."""
+    return check_questions(path, read_rows(path))
+
+
+def check_questions(path: Path, rows: Sequence[tuple[int, Any]]) -> list[Question]:
+    """What `read_rows` found, as questions. Errors: UserError."""
     numbers: dict[str, int] = {}
     questions = []
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            question = _question(line, f"{path}, line {number},")
-            if question.id in numbers:
-                raise UserError(
-                    f"{path}, line {number}, has the id {question.id!r} of line {numbers[question.id]}; "
-                    "give every question an id of its own."
-                )
-            numbers[question.id] = number
-            questions.append(question)
-    if not questions:
-        raise UserError(f"{path} holds no questions; write one per line, such as {_FORM}.")
+    for number, row in rows:
+        question = _question(row, f"{path}, line {number},")
+        if question.id in numbers:
+            raise UserError(
+                f"{path}, line {number}, has the id {question.id!r} of line {numbers[question.id]}; "
+                "give every question an id of its own."
+            )
+        numbers[question.id] = number
+        questions.append(question)
     return questions
 
 
-def _question(line: str, where: str) -> Question:
+def _question(row: Any, where: str) -> Question:
     """Errors: UserError."""
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where} is not JSON ({error.msg}); write a question such as {_FORM}.") from error
     lacking = [name for name in _FIELDS if not isinstance(row, dict) or row.get(name) is None]
     if lacking:
         raise UserError(f"{where} has no {' and no '.join(lacking)}; write a question such as {_FORM}.")

@@ -58,7 +58,7 @@ def compare(before: Sequence[Item], after: Sequence[Item]) -> Stability:
         mcnemar_p=float(stats.binomtest(fn, fn + fp).pvalue) if fn + fp else 1.0,
         accuracy_before=float(first.mean()),
         accuracy_after=float(then.mean()),
-        difference_interval=_interval(np.ones(count), then.astype(float) - first.astype(float)),
+        difference_interval=paired_interval(then.astype(float) - first.astype(float)),
         chance=chance,
         above_chance_p=above,
         retained=float(then.mean() / first.mean()) if first.any() else None,
@@ -112,6 +112,11 @@ def _check(before: Sequence[Item], after: Sequence[Item]) -> None:
                 f"item {one.id!r} of task {one.task} is another question before and after (its choices or right answer "
                 "differ); give answers to the same questions."
             )
+
+
+def paired_interval(differences: Sequence[float] | Values) -> tuple[float, float]:
+    """The 95 % interval of the mean of two models' differences, item by item."""
+    return _interval(np.ones(len(differences)), np.asarray(differences, dtype=float))
 
 
 def _interval(weight: Values, value: Values) -> tuple[float, float]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from functools import cached_property
 from pathlib import Path
+from typing import Protocol
 
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_streamline import checkpoint
 from llm_streamline.custom_code import PREFIX
@@ -17,6 +18,28 @@ from llm_streamline.workspace import Workspace
 
 # two tokenizers with one vocabulary may still cut text differently
 _PROBE = "The 3 quick, brown foxes'll jump -- 1,234.5 times!\n\n\tdef naïve(x): return 'Straße 北京' # …"
+
+
+class Evaluated(Protocol):
+    """What an evaluation asks of a model; `path` is None where no folder holds it as it is evaluated."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def path(self) -> str | None: ...
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def compute(self) -> str: ...
+    @property
+    def context(self) -> int: ...
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase: ...
+    @property
+    def tokenizer_digest(self) -> str: ...
+    @property
+    def model(self) -> PreTrainedModel: ...
+    def release(self) -> None: ...
 
 
 class Subject:
@@ -53,8 +76,7 @@ class Subject:
 
     @cached_property
     def tokenizer_digest(self) -> str:
-        vocabulary = json.dumps(sorted(self.tokenizer.get_vocab().items()))
-        return sha256(vocabulary.encode(), json.dumps(self.tokenizer.encode(_PROBE)).encode())
+        return digest(self.tokenizer)
 
     @cached_property
     def model(self) -> PreTrainedModel:
@@ -65,6 +87,12 @@ class Subject:
     def release(self) -> None:
         """Let go of the weights."""
         self.__dict__.pop("model", None)
+
+
+def digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash that two tokenizers share where they cut text alike."""
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
+    return sha256(vocabulary.encode(), json.dumps(tokenizer.encode(_PROBE)).encode())
 
 
 def _own_code(folder: Path) -> bool:

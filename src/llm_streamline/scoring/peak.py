@@ -1,0 +1,44 @@
+"""The most memory that a process holds which loads one model and writes with it: run as a process of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+from llm_streamline.recipe import Runtime
+
+_KEPT = {"device", "compute", "threads", "allow_pickle", "trust_remote_code"}
+
+
+def process_peak(model: str, runtime: Runtime) -> int:
+    """Bytes, of this interpreter's libraries too."""
+    settings = runtime.model_dump_json(include=_KEPT)
+    command = [sys.executable, "-m", "llm_streamline.scoring.peak", model, settings]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return int(done.stdout.splitlines()[-1])
+
+
+def own_peak() -> int:
+    """Bytes of this process's largest resident set."""
+    if sys.platform == "win32":
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def main(model: str, settings: str) -> None:
+    from llm_streamline.scoring.speed import loads, one_round
+    from llm_streamline.scoring.subject import Subject
+
+    one = Subject(model, Runtime(quiet=True, **json.loads(settings)))
+    one_round(one.model, loads(one.context)[0])
+    print(own_peak())
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
