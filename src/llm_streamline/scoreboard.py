@@ -5,6 +5,7 @@ The run's page and the page of `evaluate` show the same board; which models ther
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -32,6 +33,7 @@ from llm_streamline.tables import Table, amount
 SHOWN = 12  # samples
 LONG = 1500  # characters of a prompt or a text, beyond which it is cut
 COLOURS = 4  # of models besides the dense one, before they repeat
+WIDEST = 20  # characters of a label, beyond which it takes several lines
 CUT = "cut"  # what a run calls its merely cut model
 
 
@@ -74,6 +76,7 @@ class Board:
 
     against: str | None
     legend: list[tuple[str, str]]
+    width: int
     accuracy: list[Row]
     figures: Table | None
     stability: list[Row]
@@ -95,6 +98,7 @@ def board(found: Evaluation) -> Board:
     return Board(
         against=found.against,
         legend=list(kinds.items()),
+        width=min(WIDEST, max(map(len, kinds), default=0)),
         accuracy=accuracy_rows(found, kinds),
         figures=tables.figures(found),
         stability=stability_rows(found, kinds),
@@ -185,8 +189,13 @@ def _stability_row(found: Evaluation, kinds: dict[str, str], name: str, tasks: S
     return Row(name, note, unit.doubt, None, bars)
 
 
-def _stable_ends(unit: Unit) -> Interval | None:
-    return unit.stability[0].stability_interval if len(unit.stability) == 1 else None
+def _stable_ends(unit: Unit) -> Interval:
+    """Of one task its own interval; of several, what their widths make of the mean's."""
+    widths = [(one.stability_interval[1] - one.stability_interval[0]) / 2 for one in unit.stability]
+    if len(widths) == 1:
+        return unit.stability[0].stability_interval
+    around = math.hypot(*widths) / len(widths)
+    return max(0.0, unit.stable - around), min(1.0, unit.stable + around)
 
 
 def speed_rows(found: Evaluation, kinds: dict[str, str]) -> list[Row]:
@@ -196,7 +205,7 @@ def speed_rows(found: Evaluation, kinds: dict[str, str]) -> list[Row]:
     longest = max([*ends, 1.0]) * 1.05
     rows = []
     for batch in sorted({one.batch for _, one in timed}):
-        for what, figure in (("writing", _writing), ("reading", _reading)):
+        for what, figure in (("decode", _writing), ("prefill", _reading)):
             bars = [
                 _bar(model.label, kinds[model.label], *figure(one), longest, "x")
                 for model, one in timed
@@ -238,7 +247,7 @@ def samples(found: Evaluation, kinds: dict[str, str]) -> list[Sample]:
             name,
             _short(prompt),
             [
-                (label, kind, _short(texts[label, task, name].text), oddities(texts[label, task, name]))
+                (label, kind, _short(texts[label, task, name].text.strip()), oddities(texts[label, task, name]))
                 for label, kind in kinds.items()
                 if (label, task, name) in texts
             ],
@@ -264,8 +273,8 @@ def tiles(found: Evaluation, model: ModelScore) -> list[tuple[str, str, str]]:
     told += [("stability", f"{unit.stable:.2f}", _stability_words(unit)) for unit in steady(asked)[:1]]
     one = first_timing(model)
     if one and one.decode_ratio is not None:
-        reading = f"; {one.prefill_ratio:.2f}x reading" if one.prefill_ratio is not None else ""
-        told.append(("speed", f"{one.decode_ratio:.2f}x", f"writing, {at_once(one.batch)}{reading}"))
+        reading = f"; prefill {one.prefill_ratio:.2f}x" if one.prefill_ratio is not None else ""
+        told.append(("speed", f"{one.decode_ratio:.2f}x", f"decode, {at_once(one.batch)}{reading}"))
     if dense and dense.size and model.size:
         change = model.size.weights / dense.size.weights - 1
         told.append(("weights", f"{change:+.1%}", f"{amount(dense.size.weights)} → {amount(model.size.weights)}"))

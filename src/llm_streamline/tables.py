@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from llm_streamline import verdict
 from llm_streamline.comparison import compared, dense_of, is_share, units
-from llm_streamline.evaluation import Evaluation, Interval, ModelScore
+from llm_streamline.evaluation import Evaluation, Flips, Interval, ModelScore, TextScore
 from llm_streamline.findings import (
     perplexities,
     ranking,
@@ -64,25 +65,34 @@ def _glance(found: Evaluation, model: ModelScore) -> list[str]:
 
 
 def figures(found: Evaluation) -> Table | None:
-    """What lm-eval measures in its own way, of which more is not always better."""
-    rows = []
+    """What is no share of right answers, and of which more is not always better: a column per model."""
+    values: dict[tuple[str, str], dict[str, str]] = {}
     for model in found.models:
         for one in model.tasks:
-            if not is_share([one]):
-                rows.append(
-                    [one.task, model.label, one.metric, f"{one.value:.4g}", _range(one.interval), f"{one.items:,}"]
-                )
-            for name, value in (one.others or {}).items():
-                rows.append([one.task, model.label, name, f"{value:.4g}", "", f"{one.items:,}"])
-    return _table("task|model|figure|value|95 %|items", rows, names=3)
+            others = {name: f"{value:.4g}" for name, value in (one.others or {}).items()}
+            own = {} if is_share([one]) else {one.metric: f"{one.value:.4g} {_range(one.interval)}".strip()}
+            for name, value in (own | others).items():
+                values.setdefault((one.task, name), {})[model.label] = value
+    labels = [model.label for model in found.models]
+    rows = [[*keys, *(by_label.get(label, "") for label in labels)] for keys, by_label in values.items()]
+    return _table("|".join(["task", "figure", *labels]), rows)
 
 
 def answers(found: Evaluation) -> Table | None:
     """What became of each answer that was chosen, against the dense model."""
-    pairs = [(one, model) for model in compared(found) for one in model.stability or ()]
-    head = "task|model|accuracy by PPL|difference|kept|above chance|same answer|flipped|McNemar p|right before / after"
+    pairs = by_task([(one, model) for model in compared(found) for one in model.stability or ()])
+    head = "task|model|accuracy by PPL|difference|kept|above chance|same answer|flipped|p"
     faint = [number for number, (one, _) in enumerate(pairs) if not one.ranks]
     return _table(head, [[one.task, model.label, *_answers(one)] for one, model in pairs], faint)
+
+
+P = TypeVar("P", Stability, Flips)
+
+
+def by_task(pairs: list[tuple[P, ModelScore]]) -> list[tuple[P, ModelScore]]:
+    """The same in the order of tasks, so that models stand below one another."""
+    order = list(dict.fromkeys(one.task for one, _ in pairs))
+    return sorted(pairs, key=lambda pair: order.index(pair[0].task))
 
 
 def _answers(one: Stability) -> list[str]:
@@ -94,7 +104,6 @@ def _answers(one: Stability) -> list[str]:
         f"{one.same_answer:.1%}",
         f"{one.flips:.1%}",
         f"{one.mcnemar_p:.2g}",
-        f"{one.TP} / {one.FN} lost / {one.FP} gained",
     ]
 
 
@@ -106,39 +115,38 @@ def flips(found: Evaluation) -> Table | None:
             *(_signed(one.difference_interval), str(one.lost), str(one.gained), f"{one.flips:.1%}"),
             f"{one.mcnemar_p:.2g}",
         ]
-        for model in compared(found)
-        for one in model.flips or ()
+        for one, model in by_task([(one, model) for model in compared(found) for one in model.flips or ()])
     ]
-    return _table("task|model|right|difference|lost|gained|flipped|McNemar p", rows)
+    return _table("task|model|right|difference|lost|gained|flipped|p", rows)
 
 
 def texts(found: Evaluation) -> Table | None:
+    names = dict.fromkeys(one.text for model in found.models for one in model.texts)
+    rows = [
+        _text(found, model, one) for name in names for model in found.models for one in model.texts if one.text == name
+    ]
+    return _table("text|model|perplexity|to dense|nats per token|bits per byte|tokens", rows)
+
+
+def _text(found: Evaluation, model: ModelScore, one: TextScore) -> list[str]:
     dense = dense_of(found)
-    rows = []
-    for model in found.models:
-        against = {name: times(ratio) for name, _, _, ratio in perplexities(dense, model)} if dense else {}
-        for one in model.texts:
-            error = "" if one.se is None else f" ± {one.se:.4f}"
-            ratio = "" if model is dense else against.get(one.text, "")
-            loss = f"{one.nats:.4f}{error}"
-            rest = [f"{one.bits_per_byte:.4f}", f"{one.tokens:,}"]
-            rows.append([one.text, model.label, verdict.perplexity(one.nats), ratio, loss, *rest])
-    return _table("text|model|perplexity|the dense one's|nats per token|bits per byte|tokens", rows)
+    ratios = {} if dense is None or dense is model else {row[0]: times(row[3]) for row in perplexities(dense, model)}
+    loss = f"{one.nats:.4f}" + ("" if one.se is None else f" ± {one.se:.4f}")
+    rest = [loss, f"{one.bits_per_byte:.4f}", f"{one.tokens:,}"]
+    return [one.text, model.label, verdict.perplexity(one.nats), ratios.get(one.text, ""), *rest]
 
 
 def timings(found: Evaluation) -> Table | None:
+    timed = [(one.batch, model.label, one) for model in found.models for one in model.timings]
     rows = [
         [
-            *(model.label, str(one.batch), f"{one.prompt} + {one.new}"),
+            *(label, str(batch), f"{one.prompt} + {one.new}"),
             *(_rate(one.prefill), _ratio(one.prefill_ratio, one.prefill_interval)),
             *(_rate(one.decode), _ratio(one.decode_ratio, one.decode_interval)),
         ]
-        for model in found.models
-        for one in sorted(model.timings, key=lambda one: one.batch)
+        for batch, label, one in sorted(timed, key=lambda row: row[0])
     ]
-    return _table(
-        "model|batch|tokens read + written|reading, tokens/s|to dense|writing, tokens/s|to dense", rows, names=1
-    )
+    return _table("model|batch|prompt + new|prefill, tokens/s|to dense|decode, tokens/s|to dense", rows, names=1)
 
 
 def sizes(found: Evaluation) -> Table | None:
