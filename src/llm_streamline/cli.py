@@ -21,9 +21,9 @@ from llm_streamline.flags import NOT_EVALUATE, ONLY_COMPRESS, command_line, with
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from llm_streamline.evaluation import Request
+    from llm_streamline.evaluation import Request, Result
     from llm_streamline.recipe import Recipe, Runtime
-    from llm_streamline.records import Record, Result
+    from llm_streamline.records import Record
 
 _INTERRUPTED = 130
 _WIDE = 160
@@ -95,9 +95,8 @@ def demo(
     from llm_streamline.recipe import Runtime
 
     result, answers = demonstration.demo(Runtime(output=output, command=command_line()))
-    print_json = {"accuracy": json.loads(answers.model_dump_json()), **json.loads(result.model_dump_json())}
-    line = f"accuracy dense {answers.dense:.2f} deleted {answers.deleted:.2f} replaced {answers.replaced:.2f}"
-    _print(json_output, print_json, [*_summary(result), line])
+    line = "accuracy " + " ".join(f"{name} {value:.2f}" for name, value in answers.items())
+    _print(json_output, {"accuracy": answers, **json.loads(result.model_dump_json())}, [*_summary(result), line])
 
 
 def families(

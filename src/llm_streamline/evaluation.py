@@ -1,4 +1,4 @@
-"""Request (what to evaluate) and Evaluation (what was found): a schema as Recipe is one, and the records it gives."""
+"""Request (what to evaluate), Evaluation (what was found) and Result (what `compress` hands back)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import BeforeValidator, Field
 
 from llm_streamline.recipe import Count, Schema, as_several
-from llm_streamline.records import Record, Stability
+from llm_streamline.records import Fit, LayerPlan, Record, Scores, Stability, Verification
 
 Interval = tuple[float, float]
 EXACT = "exact match"  # the metric of written tasks
@@ -198,6 +198,10 @@ class ModelScore(Record):
     timings: tuple[Timing, ...] = ()
     size: Size | None = None
 
+    def task(self, name: str) -> TaskScore:
+        """Errors: StopIteration for a task that was not asked."""
+        return next(one for one in self.tasks if one.task == name)
+
 
 class Evaluation(Record):
     """What `evaluate` hands back and writes as evaluation.json; `against` is a label.
@@ -210,3 +214,15 @@ class Evaluation(Record):
     warnings: tuple[str, ...] = ()
     command: str | None = None
     versions: dict[str, str] | None = None
+
+
+class Result(Record):
+    """What `compress` hands back; every part of it also lies in the run folder. No evaluation where none was asked."""
+
+    plan: LayerPlan
+    fit: Fit | None
+    scores: Scores
+    verification: Verification
+    model: str
+    report: str
+    evaluation: Evaluation | None

@@ -14,7 +14,7 @@ from llm_streamline import charts, verdict
 from llm_streamline.card import TEMPLATES, score_rows
 from llm_streamline.files import write_text
 from llm_streamline.oracle import MANIFEST
-from llm_streamline.records import Accuracy, LayerPlan, Manifest, Scores, Similarity
+from llm_streamline.records import LayerPlan, Manifest, Scores, Similarity
 
 PAGE = "report.html"
 _PARTS = {
@@ -27,18 +27,16 @@ _PARTS = {
 def write_report(folder: Path) -> Path:
     """`folder`/report.html from a finished run. Errors: UserError for a damaged file."""
     manifest = Manifest.read(folder / "model" / MANIFEST)
-    accuracy = folder / "accuracy.json"
     html = render(
         manifest.model_copy(update={"scores": Scores.read(folder / "scores.json")}),
         Similarity.read(folder / "similarity.json"),
         (folder / "recipe.yaml").read_text(encoding="utf-8"),
-        Accuracy.read(accuracy) if accuracy.exists() else None,
     )
     write_text(folder / PAGE, html)
     return folder / PAGE
 
 
-def render(manifest: Manifest, similarity: Similarity, recipe: str, accuracy: Accuracy | None = None) -> str:
+def render(manifest: Manifest, similarity: Similarity, recipe: str, accuracy: None = None) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         undefined=jinja2.StrictUndefined,
@@ -74,7 +72,7 @@ def render(manifest: Manifest, similarity: Similarity, recipe: str, accuracy: Ac
     )
 
 
-def tiles(plan: LayerPlan, scores: Scores, accuracy: Accuracy | None) -> list[tuple[str, str, str]]:
+def tiles(plan: LayerPlan, scores: Scores, accuracy: None) -> list[tuple[str, str, str]]:
     """The few figures one takes away: what, how much, and what that is."""
     fewer = 1 - plan.parameters_after / plan.parameters_before
     share = None if plan.replace == "none" else verdict.recovered(scores)

@@ -103,6 +103,8 @@ def with_speed(
                 measured.setdefault(dense, of_dense)
     return [
         one.model_copy(update={"timings": measured[one.label].timings, "size": measured[one.label].size})
+        if one.label in measured
+        else one
         for one in found
     ]
 

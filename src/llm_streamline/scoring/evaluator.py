@@ -120,7 +120,7 @@ class Evaluator:
         items = kept_file(self._folder, "items", self.label, name)
         if kept and kept.made_of == made_of and (items.is_file() or not (kept.task and kept.task.kept_items)):
             return kept
-        say(f"{self.label}: {name}", self._quiet)
+        say(f"{self.label}: {name.lstrip('_')}", self._quiet)
         found = make()
         found.write(file)
         return found
