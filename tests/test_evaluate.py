@@ -206,8 +206,8 @@ def refused(capsys, words: str, *arguments: str) -> None:
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ("MODEL -o out", "no --tasks and no --text was given"),
-        ("--tasks Q -o out", "no MODEL was given"),
+        ("-o out", "no MODEL was given"),
+        ("--tasks Q", "no MODEL was given"),
         ("MODEL --tasks Q", "no output folder was given"),
         ("MODEL --tasks nothing.jsonl -o out", "nothing.jsonl is no file here"),
         ("MODEL --tasks nothing.yaml -o out", "nothing.yaml is no file here|needs lm-eval"),

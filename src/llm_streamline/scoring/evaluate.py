@@ -16,6 +16,7 @@ from llm_streamline.scoring.items import Tasks, read_items
 from llm_streamline.scoring.prompts import bundled_openings
 from llm_streamline.scoring.stability import compare_tasks
 from llm_streamline.scoring.subject import Subject
+from llm_streamline.scoring.suites import DEFAULT
 from llm_streamline.scoring.texts import Text, read_text
 from llm_streamline.scoring.writing import compare_written
 
@@ -24,12 +25,12 @@ OURS = {"items", "scores", "evaluation.json"}
 
 def evaluate(request: Request, runtime: Runtime) -> Evaluation:
     """What `llm-streamline evaluate` prints and writes. Errors: UserError, before weights are loaded where it can."""
+    if not request.models:
+        raise UserError("no MODEL was given; name a folder, a model of the Hub, or 'bundled'.")
     folder = _folder(runtime.output)
-    tasks = _unique([task for given in request.tasks for task in open_tasks(given, request.limit)])
+    asked = request.tasks or (() if request.text else (DEFAULT,))
+    tasks = _unique([task for given in asked for task in open_tasks(given, request.limit)])
     texts = _unique([read_text(Path(given), request.limit) for given in request.text])
-    if not request.models or not (tasks or texts or request.samples or request.speed):
-        what = "MODEL" if not request.models else "--tasks and no --text"
-        raise UserError(f"no {what} was given; name a model, and questions with --tasks or a text with --text.")
     subjects = _subjects(request, runtime)
     evaluators = [Evaluator(one, label, request, folder, runtime.quiet) for label, one in subjects.items()]
     for one in evaluators:
