@@ -23,15 +23,17 @@ class Request(Schema):
         (),
         description="Questions in a .jsonl file (id, query, choices, gold), the bundled suite quick, or, with "
         "llm-streamline[eval], the suite readme or paper or a task of lm-eval by name or .yaml file. Repeat it for "
-        "several. [default: quick, where no --text is given either]",
+        "several. [default: quick, where nothing else is asked for]",
     )
     text: Names = Field(
         (),
         description="Text to take the perplexity of: a .txt file, which is one document, or a .jsonl file with one per "
         "line in 'text'. Repeat it for several.",
     )
-    samples: bool = Field(False, description="Let the models write after a few prompts, to see whether they still can.")
-    speed: bool = Field(False, description="Measure speed and memory, the models taking turns.")
+    samples: bool = Field(
+        False, description="Let the models write after a few prompts, as in quick, to see whether they still can."
+    )
+    speed: bool = Field(False, description="Measure speed and memory, as in quick, the models taking turns.")
     limit: Count | None = Field(None, description="Only the first so many questions of a task and documents of a text.")
     batch: Count | None = Field(None, description="Sequences per forward. [default: about 2048 tokens]")
     block: Count | None = Field(

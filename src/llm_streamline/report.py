@@ -133,6 +133,10 @@ def evaluation_lines(found: Evaluation) -> list[str | Table]:
             f"{'blocked' if blocked else f'sliding by {stride}'}, {block} tokens" for block, stride, blocked in steps
         )
         lines += [perplexity_table(found), f"windows: {'; '.join(how)}; every token but a document's first counts once"]
+    if any(one.writing for one in found.models):
+        lines += [writing_table(found), "looping: over half of a sample's 4-grams are repeated; early: ended at once"]
+    if any(one.timings for one in found.models):
+        lines += [speed_table(found), *size_lines(found)]
     for one in found.models:
         if one.stability:
             lines.append(f"{one.label} against {found.against}; accuracy here is by PPL")
@@ -166,6 +170,44 @@ def perplexity_table(found: Evaluation) -> Table:
                 f"{one.bits_per_byte:.4f}",
             )
     return table
+
+
+def writing_table(found: Evaluation) -> Table:
+    """How the models write to the same prompts."""
+    table = _table("model", "samples", "tokens", "repeated", "looping", "early", "unended")
+    for model in found.models:
+        if one := model.writing:
+            shares = (one.repeated, one.looping, one.early, one.unended)
+            table.add_row(model.label, str(one.samples), str(one.tokens), *(f"{share:.2f}" for share in shares))
+    return table
+
+
+def speed_table(found: Evaluation) -> Table:
+    """Tokens per second, and how many times the dense model's."""
+    table = _table("model", "batch", "prompt + new", "prefill, tokens/s", "x dense", "decode, tokens/s", "x dense")
+    for model in found.models:
+        for one in model.timings:
+            prefill, decode = (
+                "" if ratio is None or span is None else f"{ratio:.2f} [{span[0]:.2f}, {span[1]:.2f}]"
+                for ratio, span in (
+                    (one.prefill_ratio, one.prefill_interval),
+                    (one.decode_ratio, one.decode_interval),
+                )
+            )
+            load = (str(one.batch), f"{one.prompt} + {one.new}")
+            table.add_row(model.label, *load, f"{one.prefill:,.0f}", prefill, f"{one.decode:,.0f}", decode)
+    return table
+
+
+def size_lines(found: Evaluation) -> list[str]:
+    """Bytes of each model that was timed."""
+    lines = []
+    for model in found.models:
+        if one := model.size:
+            cache = "" if one.cache_per_token is None else f", {one.cache_per_token / 1024:,.1f} KiB of cache per token"
+            peak = "" if one.peak is None else f", {one.peak / 2**20:,.0f} MiB at most while writing"
+            lines.append(f"{model.label}: {one.weights / 2**20:,.1f} MiB of weights{cache}{peak}; {model.compute}")
+    return lines
 
 
 def _table(*columns: str) -> Table:

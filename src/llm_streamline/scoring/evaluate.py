@@ -28,8 +28,8 @@ def evaluate(request: Request, runtime: Runtime) -> Evaluation:
     if not request.models:
         raise UserError("no MODEL was given; name a folder, a model of the Hub, or 'bundled'.")
     folder = _folder(runtime.output)
-    asked = request.tasks or (() if request.text else (DEFAULT,))
-    tasks = _unique([task for given in asked for task in open_tasks(given, request.limit)])
+    request = _with_default(request)
+    tasks = _unique([task for given in request.tasks for task in open_tasks(given, request.limit)])
     texts = _unique([read_text(Path(given), request.limit) for given in request.text])
     subjects = _subjects(request, runtime)
     evaluators = [Evaluator(one, label, request, folder, runtime.quiet) for label, one in subjects.items()]
@@ -45,6 +45,15 @@ def evaluate(request: Request, runtime: Runtime) -> Evaluation:
     )
     result.write(folder / "evaluation.json")
     return result
+
+
+def _with_default(request: Request) -> Request:
+    """The suite quick where nothing was asked for; to it belong samples and speed."""
+    nothing = not (request.tasks or request.text or request.samples or request.speed)
+    tasks = (DEFAULT,) if nothing else request.tasks
+    quick = DEFAULT in tasks
+    more = {"tasks": tasks, "samples": request.samples or quick, "speed": request.speed or quick}
+    return request.model_copy(update=more)
 
 
 def _folder(path: Path | None) -> Path:
