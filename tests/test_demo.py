@@ -21,7 +21,6 @@ def test_deleting_costs_and_the_replacement_brings_it_back(tmp_path, capsys, mon
     assert replaced - deleted >= 0.7 * (dense - deleted)
     assert re.search(r"^report +demo-run/report.html$", out, re.MULTILINE)
     page = (tmp_path / "demo-run" / "report.html").read_text(encoding="utf-8")
-    assert f"{dense:.2f} → {replaced:.2f}" in page and f"{deleted:.2f} merely cut" in page
     (tmp_path / "demo-run" / "report.html").unlink()
     main(["demo", "-o", "demo-run", "--json"])
     assert (tmp_path / "demo-run" / "report.html").read_text(encoding="utf-8") == page

@@ -80,7 +80,7 @@ def test_every_module_has_its_tests():
     elsewhere |= {"networks": "replacement", "custom_code": "replacement"}
     elsewhere |= {"charts": "page", "verdict": "page"}
     elsewhere |= {"workspace": "run", "checkpoint": "cli", "records": "choose", "errors": "cli"}
-    elsewhere |= {"evaluation": "evaluate", "flags": "cli"}
+    elsewhere |= {"evaluation": "evaluate", "flags": "cli", "comparison": "findings", "tables": "scoreboard"}
     covered = {path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py")}
     modules = {path.stem for path in PRODUCT if path.parent == SOURCE and not path.stem.startswith("__")}
     assert {elsewhere.get(name, name) for name in modules} <= covered

@@ -7,8 +7,9 @@ import pytest
 
 from llm_streamline import charts, page, verdict
 from llm_streamline.analyze import analyze
-from llm_streamline.records import Accuracy, Loss, Manifest, Scores, Verification, Window
-from tests import browser, tiny
+from llm_streamline.evaluation import Evaluation
+from llm_streamline.records import Loss, Manifest, Scores, Verification, Window
+from tests import browser, evaluations, tiny
 from tests.test_families import plan_for
 from tests.test_report import fit
 
@@ -86,18 +87,78 @@ class Reader(HTMLParser):
 
 
 def test_the_page_is_whole_and_refers_to_nothing_outside(manifest, similarity):
-    html = page.render(manifest, similarity, "model: x\n", Accuracy(questions=9, dense=0.91, deleted=0.7, replaced=0.8))
+    html = page.render(manifest, similarity, "model: x\n", evaluations.of_a_run())
     reader = Reader(html)
     assert all(address.startswith("data:") for address in reader.addresses)
     assert all(image.get("alt") for image in reader.images)
     assert "@import" not in html and "url(" not in html
     for words in (
-        *("llm-streamline compress <b>x</b> -o out", "model: x", "torch 9.9", "3.2000 ± 0.0100", "+0.2000", "0.91"),
+        *(
+            "llm-streamline compress <b>x</b> -o out",
+            "model: x",
+            "torch 9.9",
+            "3.2000 ± 0.0100",
+            "+0.2000",
+            "0.90 → 0.86",
+        ),
         *("Layers 1 to 3 (3 of 6) are gone", "checked with short prompts", "books", "65.0 %", "1,234", "abababab"),
         *(str(manifest.plan), f"{manifest.plan.parameters_after:,}", "brings back 60% of the loss", "1.0e-07"),
     ):
         assert words in reader.text, words
     assert "<b>x</b>" not in html  # what a user gave is text, never markup
+
+
+def test_a_runs_page_has_its_evaluation_and_the_warnings_come_first(manifest, similarity):
+    text = Reader(page.render(manifest, similarity, "", evaluations.of_a_run())).text
+    places = [
+        *("keeps 98% of the dense model's accuracy", "Do not go by accuracy alone", "but <i>loops</i>"),
+        *("The plan", "Share of right answers", "ranks nothing: at chance", "ranks nothing: a few items decide"),
+        *(
+            "30 → 18 of 50",
+            "1.65 times",
+            "decode, one sequence",
+            "2.05 kB",
+            "Once <b>upon</b>",
+            "goes round in circles",
+        ),
+    ]
+    found = [text.find(words) for words in places]
+    assert -1 not in found and found == sorted(found), dict(zip(places, found, strict=True))
+    without = Reader(page.render(manifest, similarity, "")).text
+    assert "Do not go by" not in without and "Stability" not in without and "measure what you need" in without
+
+
+def test_the_accuracy_column_is_of_the_first_task_that_ranks(manifest, similarity):
+    assert page.accuracy_column(evaluations.of_a_run()) == page.Column("questions", ["0.90", "0.70", "0.86"])
+    assert page.accuracy_column(evaluations.pair()) == page.Column("questions", ["0.90", "", "0.86"])
+    assert page.accuracy_column(None) is None
+    assert "Accuracy is on questions." in Reader(page.render(manifest, similarity, "", evaluations.pair())).text
+
+
+@pytest.mark.parametrize(
+    "found, words",
+    [
+        (
+            evaluations.of_a_run(),
+            ("cut, saved against dense", "The cut model keeps", "The saved model keeps", "torch 9.9"),
+        ),
+        (evaluations.pair(), ("saved against dense", "(called from Python)", "folder/saved", "0.90 → 0.86")),
+        (evaluations.of_groups(), ("one, two against big", "Its 3 tasks", "Means over the tasks that rank")),
+        (
+            Evaluation(against=None, models=[evaluations.model("x", [evaluations.task()])]),
+            ("Nothing is compared", "0.900"),
+        ),
+    ],
+)
+def test_an_evaluation_has_a_page_of_its_own_made_of_its_file_alone(tmp_path, found, words):
+    found.write(tmp_path / "evaluation.json")
+    file = page.write_evaluation_report(tmp_path)
+    html = file.read_text(encoding="utf-8")
+    reader = Reader(html)
+    assert all(address.startswith("data:") for address in reader.addresses)
+    assert [one for one in words if one not in reader.text] == []
+    assert "<b>x</b>" not in html and "<i>loops" not in html and "<b>upon" not in html
+    assert page.write_evaluation_report(tmp_path).read_text(encoding="utf-8") == html
 
 
 def test_the_strips_show_every_layer(manifest, similarity):
@@ -178,7 +239,19 @@ def test_a_training_that_went_to_nothing_has_no_curve(manifest, similarity):
 @pytest.mark.parametrize("width, dark", [(390, False), (1280, True)])
 def test_chromium_opens_it_without_complaint_request_or_sideways_scrolling(manifest, similarity, tmp_path, width, dark):
     file = tmp_path / "report.html"
-    file.write_text(page.render(manifest, similarity, "model: x\n"), encoding="utf-8")
+    file.write_text(page.render(manifest, similarity, "model: x\n", evaluations.of_a_run()), encoding="utf-8")
+    opened = browser.open_page(file, tmp_path / "profile", width, dark)
+    assert opened.complaints == [] and opened.width <= width
+    assert [address for address in opened.requests if not address.startswith("data:")] == [file.as_uri()]
+
+
+@pytest.mark.skipif(browser.CHROMIUM is None, reason="no Chromium on this machine")
+@pytest.mark.parametrize("width, dark", [(390, True), (1280, False)])
+def test_chromium_opens_an_evaluation_too(tmp_path, width, dark):
+    long = evaluations.of_a_run()
+    long = long.model_copy(update={"models": [one.model_copy(update={"model": "m" * 200}) for one in long.models]})
+    long.write(tmp_path / "evaluation.json")
+    file = page.write_evaluation_report(tmp_path)
     opened = browser.open_page(file, tmp_path / "profile", width, dark)
     assert opened.complaints == [] and opened.width <= width
     assert [address for address in opened.requests if not address.startswith("data:")] == [file.as_uri()]

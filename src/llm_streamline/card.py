@@ -141,7 +141,7 @@ def score_rows(plan: LayerPlan, scores: Scores | None) -> list[tuple[str, str, s
             str(count),
             f"{parameters:,}",
             f"{loss.nats:.4f} ± {loss.se:.4f}",
-            verdict.perplexity(loss),
+            verdict.perplexity(loss.nats),
             "" if name == "dense" else f"{scores.excess(loss):+.4f}",
         )
         for name, count, parameters, loss in three

@@ -11,6 +11,8 @@ from llm_streamline.records import Fit, LayerPlan, Record, Scores, Stability, Ve
 
 Interval = tuple[float, float]
 EXACT = "exact match"  # the metric of written tasks
+LOOPING = 0.5  # share of repeated 4-grams above which a text goes round in circles
+EARLY = 8  # tokens: a sample that ends before has hardly begun
 Names = Annotated[tuple[str, ...], BeforeValidator(as_several)]
 
 
@@ -122,11 +124,19 @@ class Written(Record):
     exact: bool | None = None
     rouge: dict[str, float] | None = None
 
+    @property
+    def loops(self) -> bool:
+        return self.repeated > LOOPING
+
+    @property
+    def early(self) -> bool:
+        return self.ended and self.tokens < EARLY
+
 
 class Writing(Record):
     """How one model writes, over its samples: shares of them that loop, that end early, and of repeated 4-grams.
 
-    A sample loops where over half of its 4-grams are repeated; it ends early within EARLY tokens.
+    A sample loops where over LOOPING of its 4-grams are repeated; it ends early within EARLY tokens.
     """
 
     samples: int

@@ -1,22 +1,27 @@
-"""Run folder -> report.html: one self-contained page to judge the result by, made from the folder's files alone.
+"""Run or evaluation -> report.html: one self-contained page to judge it by, made from the folder's files alone.
 
 Nothing in it is measured anew and nothing tells the time: made again from the same files, it has the same bytes.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
-from llm_streamline import charts, verdict
+from llm_streamline import charts, findings, scoreboard, tables, verdict
 from llm_streamline.card import TEMPLATES, score_rows
+from llm_streamline.comparison import compared, units
+from llm_streamline.evaluation import Evaluation, ModelScore
 from llm_streamline.files import write_text
 from llm_streamline.oracle import MANIFEST
 from llm_streamline.records import LayerPlan, Manifest, Scores, Similarity
 
 PAGE = "report.html"
+EVALUATION = "evaluation.json"
+SAVED = "saved"  # what a run calls the model that it wrote
 _PARTS = {
     "calibration": "measures similarity",
     "training": "trains the replacement",
@@ -31,38 +36,40 @@ def write_report(folder: Path) -> Path:
         manifest.model_copy(update={"scores": Scores.read(folder / "scores.json")}),
         Similarity.read(folder / "similarity.json"),
         (folder / "recipe.yaml").read_text(encoding="utf-8"),
+        Evaluation.read(folder / EVALUATION) if (folder / EVALUATION).exists() else None,
     )
     write_text(folder / PAGE, html)
     return folder / PAGE
 
 
-def render(manifest: Manifest, similarity: Similarity, recipe: str, accuracy: None = None) -> str:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        undefined=jinja2.StrictUndefined,
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["count"] = lambda number: f"{number:,}"
+def write_evaluation_report(folder: Path) -> Path:
+    """`folder`/report.html from an evaluation. Errors: UserError for a damaged file."""
+    write_text(folder / PAGE, render_evaluation(Evaluation.read(folder / EVALUATION)))
+    return folder / PAGE
+
+
+def render(manifest: Manifest, similarity: Similarity, recipe: str, found: Evaluation | None = None) -> str:
     plan, scores, fit = manifest.plan, manifest.scores, manifest.fit
     assert scores is not None  # a page of a run that is not finished is not asked for
-    return environment.get_template("report.html.j2").render(
+    saved = saved_of(found)
+    return _template("report.html.j2").render(
         name=Path(plan.model).name or plan.model,
         m=manifest,
         plan=plan,
         fit=fit,
         scores=scores,
-        accuracy=accuracy,
+        column=accuracy_column(found),
         judged=verdict.judge(plan, scores),
+        judged_tasks=[findings.sentence(found, saved)] if found and saved else [],
         notes=verdict.notes(plan, fit, scores),
-        tiles=tiles(plan, scores, accuracy),
+        warnings=found.warnings if found else (),
+        tiles=[*tiles(plan, scores), *(scoreboard.tiles(found, saved) if found and saved else [])],
+        board=scoreboard.board(found) if found else None,
         bars=excess_bars(plan, scores),
         before=source_layers(plan),
         after=plan.layer_map(),
-        stand_in=verdict.stand_in(plan),
         rows=score_rows(plan, scores),
-        parts=data_parts(manifest.data),
+        data_parts=data_parts(manifest.data),
         domains=manifest.data.get("domains", {}),
         recipe=recipe,
         layer_chart=charts.layer_chart(similarity, plan.window),
@@ -72,7 +79,58 @@ def render(manifest: Manifest, similarity: Similarity, recipe: str, accuracy: No
     )
 
 
-def tiles(plan: LayerPlan, scores: Scores, accuracy: None) -> list[tuple[str, str, str]]:
+def render_evaluation(found: Evaluation) -> str:
+    several = compared(found)
+    names = ", ".join(one.label for one in several or found.models)
+    return _template("evaluation.html.j2").render(
+        title=f"{names} against {found.against}" if several else names,
+        found=found,
+        sentences=findings.sentences(found),
+        warnings=found.warnings,
+        tiles=scoreboard.tiles(found, several[0]) if len(several) == 1 else [],
+        overview=tables.overview(found),
+        board=scoreboard.board(found),
+    )
+
+
+def _template(name: str) -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        undefined=jinja2.StrictUndefined,
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["count"] = lambda number: f"{number:,}"
+    return environment.get_template(name)
+
+
+def saved_of(found: Evaluation | None) -> ModelScore | None:
+    """What a run's evaluation has of its saved model."""
+    return next((one for one in compared(found) if one.label == SAVED), None) if found else None
+
+
+@dataclass(frozen=True)
+class Column:
+    """The accuracies of the dense, the merely cut and the saved model on one task."""
+
+    task: str
+    values: list[str]
+
+
+def accuracy_column(found: Evaluation | None) -> Column | None:
+    """By the first task that ranks; None where there is none."""
+    saved = saved_of(found)
+    if found is None or saved is None:
+        return None
+    unit = next(iter(findings.ranking(units(found, saved))), None)
+    if unit is None:
+        return None
+    cut = scoreboard.cut_value(found, unit)
+    return Column(unit.name, [f"{unit.before:.2f}", "" if cut is None else f"{cut:.2f}", f"{unit.after:.2f}"])
+
+
+def tiles(plan: LayerPlan, scores: Scores) -> list[tuple[str, str, str]]:
     """The few figures one takes away: what, how much, and what that is."""
     fewer = 1 - plan.parameters_after / plan.parameters_before
     share = None if plan.replace == "none" else verdict.recovered(scores)
@@ -82,14 +140,11 @@ def tiles(plan: LayerPlan, scores: Scores, accuracy: None) -> list[tuple[str, st
         (
             "perplexity",
             verdict.rise(scores, scores.saved),
-            f"{verdict.perplexity(scores.dense)} → {verdict.perplexity(scores.saved)} on held-out text",
+            f"{verdict.perplexity(scores.dense.nats)} → {verdict.perplexity(scores.saved.nats)} on held-out text",
         ),
     ]
     if share is not None:
         found.append(("brought back", f"{share:.0%}", "of the loss that cutting alone costs"))
-    if accuracy:
-        right = f"{accuracy.dense:.2f} → {accuracy.replaced:.2f}"
-        found.append(("accuracy", right, f"of {accuracy.questions} questions; {accuracy.deleted:.2f} merely cut"))
     return found
 
 

@@ -78,17 +78,17 @@ def stand_in(plan: LayerPlan) -> str:
 
 
 def cost(plan: LayerPlan, scores: Scores) -> str:
-    dense, saved = perplexity(scores.dense), perplexity(scores.saved)
+    dense, saved = perplexity(scores.dense.nats), perplexity(scores.saved.nats)
     sentence = f"On held-out text, perplexity goes from {dense} to {saved} ({rise(scores, scores.saved)})"
     if plan.replace == "none":
         return f"{sentence}."
-    cut = perplexity(scores.cut)
+    cut = perplexity(scores.cut.nats)
     return f"{sentence}; merely cut to the same depth, the model would be at {cut} ({rise(scores, scores.cut)})."
 
 
-def perplexity(loss: Loss) -> str:
-    """exp(loss), or a word where that has outgrown all use."""
-    return f"{math.exp(loss.nats):.4g}" if loss.nats < 10 else f"{loss.nats:.1f} nats"
+def perplexity(nats: float) -> str:
+    """exp of a loss, or a word where that has outgrown all use."""
+    return f"{math.exp(nats):.4g}" if nats < 10 else f"{nats:.1f} nats"
 
 
 def rise(scores: Scores, which: Loss) -> str:
