@@ -51,7 +51,12 @@ def _summary(result: Result) -> list[str | Table]:
 
     plan, fit, scores = result.plan, result.fit, result.scores
     lines = report.summary_lines(plan, fit, result.verification, Path(result.model))
-    return [report.summary_table(plan, scores), *lines, f"report    {result.report}"]
+    return [
+        report.summary_table(plan, scores),
+        *lines,
+        *report.kept_lines(result.evaluation),
+        f"report    {result.report}",
+    ]
 
 
 def analyze(recipe: Recipe, runtime: Runtime) -> None:
@@ -137,14 +142,14 @@ def stability(
 def evaluate(request: Request, runtime: Runtime) -> None:
     """Ask models questions and let them predict text, and compare their answers with the dense model's.
 
-    Writes every answer to OUT/items/MODEL/TASK.jsonl and all figures to OUT/evaluation.json. What an earlier, also an
-    interrupted, evaluation in OUT has finished is not repeated.
+    Writes every answer to OUT/items/MODEL/TASK.jsonl, all figures to OUT/evaluation.json, and a page to judge by,
+    OUT/report.html. What an earlier, also an interrupted, evaluation in OUT has finished is not repeated.
     """
     from llm_streamline.report import evaluation_lines
-    from llm_streamline.scoring.evaluate import evaluate
+    from llm_streamline.run import evaluate
 
     found = evaluate(request, runtime)
-    _print(runtime.json_output, found, evaluation_lines(found))
+    _print(runtime.json_output, found, [*evaluation_lines(found), f"report    {runtime.output}/report.html"])
 
 
 def _print(as_json: bool, record: Record | dict[str, Any] | list[dict[str, str]], lines: list[Any]) -> None:

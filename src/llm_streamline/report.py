@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from llm_streamline.card import score_rows
 from llm_streamline.files import atomic
+from llm_streamline.findings import sentence, sentences
 from llm_streamline.records import (
     FEWEST_EFFECTIVE,
     SIGNIFICANCE,
@@ -141,7 +142,14 @@ def evaluation_lines(found: Evaluation) -> list[str | Table]:
         if one.stability:
             lines.append(f"{one.label} against {found.against}; accuracy here is by PPL")
             lines += [stability_table(one.stability), *stability_lines(one.stability)]
-    return lines
+    return [*lines, *sentences(found), *(f"warning: {one}" for one in found.warnings)]
+
+
+def kept_lines(found: Evaluation | None) -> list[str]:
+    """What a run's saved model, the last one, keeps, and what is not as it seems; nothing where nothing was asked."""
+    if found is None:
+        return []
+    return [f"kept      {sentence(found, found.models[-1])}", *(f"warning   {one}" for one in found.warnings)]
 
 
 def accuracy_table(found: Evaluation) -> Table:

@@ -17,15 +17,16 @@ from llm_streamline.assemble import assemble
 from llm_streamline.card import CARD, is_licence, origin, source_files, write_card
 from llm_streamline.choose import check_protected, check_request, choose
 from llm_streamline.errors import UserError
-from llm_streamline.evaluation import Evaluation, Result
+from llm_streamline.evaluation import Evaluation, Request, Result
 from llm_streamline.files import atomic, remove_leftovers, sha256
 from llm_streamline.forward import substituted
 from llm_streamline.oracle import MANIFEST, versions
-from llm_streamline.page import PAGE, write_report
+from llm_streamline.page import PAGE, write_evaluation_report, write_report
 from llm_streamline.progress import say
 from llm_streamline.recipe import Recipe, Runtime
 from llm_streamline.records import Fit, Inputs, LayerPlan, Manifest, Scores, Similarity, Verification
 from llm_streamline.replacement import ReplacementLayers
+from llm_streamline.scoring.evaluate import evaluate as evaluate_request
 from llm_streamline.scoring.given import Task, open_tasks
 from llm_streamline.scoring.of_run import CUT, DENSE, SAVED, Standing, evaluate_run, own_questions
 from llm_streamline.scoring.perplexity import FORWARD_TOKENS as LOSS_TOKENS
@@ -65,6 +66,17 @@ def compress(recipe: Recipe, runtime: Runtime | None = None) -> Result:
         write_report(folder.path)
     places = {"model": str(folder.path / "model"), "report": str(folder.path / PAGE)}
     return Result(plan=plan, fit=fit, scores=scores, verification=verification, evaluation=evaluation, **places)
+
+
+def evaluate(request: Request, runtime: Runtime) -> Evaluation:
+    """What models keep of the dense one, with every answer and a page in `runtime.output`.
+
+    Errors: UserError, before weights are loaded where it can.
+    """
+    found = evaluate_request(request, runtime)
+    assert runtime.output
+    write_evaluation_report(runtime.output)
+    return found
 
 
 def plan_only(recipe: Recipe, runtime: Runtime) -> LayerPlan:

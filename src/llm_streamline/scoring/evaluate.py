@@ -8,6 +8,7 @@ from typing import TypeVar
 from llm_streamline.errors import UserError
 from llm_streamline.evaluation import EXACT, Evaluation, ModelScore, Request, Written
 from llm_streamline.files import TEMPORARY, remove_leftovers
+from llm_streamline.findings import warnings
 from llm_streamline.oracle import versions
 from llm_streamline.recipe import Runtime
 from llm_streamline.scoring.evaluator import Evaluator, Kept, kept_file
@@ -20,7 +21,7 @@ from llm_streamline.scoring.suites import DEFAULT
 from llm_streamline.scoring.texts import Text, read_text
 from llm_streamline.scoring.writing import compare_written
 
-OURS = {"items", "scores", "evaluation.json"}
+OURS = {"items", "scores", "evaluation.json", "report.html"}
 
 
 def evaluate(request: Request, runtime: Runtime) -> Evaluation:
@@ -40,11 +41,17 @@ def evaluate(request: Request, runtime: Runtime) -> Evaluation:
     dense = next((label for label, one in subjects.items() if one.name == request.against), None)
     if request.speed:
         found = with_speed(found, evaluators, dense, runtime)
-    result = Evaluation(
-        against=dense, models=compared(found, dense, folder), command=runtime.command, versions=versions()
-    )
+    result = concluded(found, dense, folder, runtime)
     result.write(folder / "evaluation.json")
     return result
+
+
+def concluded(found: list[ModelScore], dense: str | None, folder: Path, runtime: Runtime) -> Evaluation:
+    """The scores compared with the dense model's, and where they contradict one another."""
+    plain = Evaluation(
+        against=dense, models=compared(found, dense, folder), command=runtime.command, versions=versions()
+    )
+    return plain.model_copy(update={"warnings": warnings(plain)})
 
 
 def _with_default(request: Request) -> Request:

@@ -14,10 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_streamline.evaluation import Evaluation, Request
 from llm_streamline.files import write_text
-from llm_streamline.oracle import versions
 from llm_streamline.recipe import Runtime
 from llm_streamline.scoring.continuations import continuation_questions
-from llm_streamline.scoring.evaluate import compared, with_speed
+from llm_streamline.scoring.evaluate import concluded, with_speed
 from llm_streamline.scoring.evaluator import Evaluator
 from llm_streamline.scoring.given import Task, open_jsonl
 from llm_streamline.scoring.prompts import own_openings
@@ -78,6 +77,4 @@ def evaluate_run(
             found.append(one.run(tasks, (), () if label == CUT else openings))
     timed = [one for label, one in evaluators.items() if label != CUT]
     found = with_speed(found, timed, DENSE, runtime)
-    return Evaluation(
-        against=DENSE, models=compared(found, DENSE, folder), command=runtime.command, versions=versions()
-    )
+    return concluded(found, DENSE, folder, runtime)
