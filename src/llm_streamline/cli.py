@@ -130,13 +130,14 @@ def stability(
 
     Reads our items, lm-eval's samples_*.jsonl and OpenCompass's prediction folders, whichever a path holds.
     """
-    from llm_streamline.report import stability_lines, stability_table
+    from llm_streamline.report import macro_lines, stability_lines, stability_table
     from llm_streamline.scoring.items import read_items
-    from llm_streamline.scoring.stability import compare_tasks
+    from llm_streamline.scoring.stability import compare_tasks, macro
 
     found = compare_tasks(read_items(before), read_items(after))
-    as_json = {"tasks": [json.loads(one.model_dump_json()) for one in found]}
-    _print(json_output, as_json, [stability_table(found), *stability_lines(found)])
+    mean = macro(found)
+    as_json = {"tasks": [json.loads(one.model_dump_json()) for one in found], "macro": mean}
+    _print(json_output, as_json, [stability_table(found), *macro_lines(mean, len(found)), *stability_lines(found)])
 
 
 def evaluate(request: Request, runtime: Runtime) -> None:

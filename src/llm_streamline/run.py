@@ -10,7 +10,7 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from llm_streamline import checkpoint, report
+from llm_streamline import checkpoint, figures
 from llm_streamline.analyze import analyze
 from llm_streamline.assemble import Parts as ModelParts
 from llm_streamline.assemble import assemble
@@ -149,9 +149,9 @@ def measure(work: Workspace) -> Similarity:
 
 def draw_choice(similarity: Similarity, plan: LayerPlan, folder: RunFolder) -> None:
     if not folder.has("similarity.png"):
-        report.draw_similarity(similarity, folder.file("similarity.png"), plan.window)
+        figures.draw_similarity(similarity, folder.file("similarity.png"), plan.window)
     if not folder.has("heat-map.png"):
-        report.draw_heat_map(similarity, folder.file("heat-map.png"), plan.window)
+        figures.draw_heat_map(similarity, folder.file("heat-map.png"), plan.window)
 
 
 def train_replacement(work: Workspace, plan: LayerPlan, folder: RunFolder) -> Fit | None:
@@ -174,7 +174,7 @@ def train_replacement(work: Workspace, plan: LayerPlan, folder: RunFolder) -> Fi
         fit = trainer.fit(training, work.parts.validation)
         temporary.mkdir()
         save_file(replacement.state_dict(), temporary / "replacement.safetensors")
-        report.draw_training(fit, temporary / "training.png")
+        figures.draw_training(fit, temporary / "training.png")
         fit.write(temporary / "fit.json")
     return fit
 
@@ -307,8 +307,8 @@ def analyze_model(recipe: Recipe, runtime: Runtime) -> tuple[Similarity, Path]:
     similarity = measure(work)
     remove_leftovers(folder)
     similarity.write(folder / "similarity.json")
-    report.draw_similarity(similarity, folder / "similarity.png")
-    report.draw_heat_map(similarity, folder / "heat-map.png")
+    figures.draw_similarity(similarity, folder / "similarity.png")
+    figures.draw_heat_map(similarity, folder / "heat-map.png")
     return similarity, folder
 
 

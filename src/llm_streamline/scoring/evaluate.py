@@ -11,13 +11,16 @@ from llm_streamline.files import TEMPORARY, remove_leftovers
 from llm_streamline.findings import warnings
 from llm_streamline.oracle import versions
 from llm_streamline.recipe import Runtime
+from llm_streamline.scoring.backend import check_vllm
 from llm_streamline.scoring.evaluator import Evaluator, Kept, kept_file
 from llm_streamline.scoring.given import Task, open_tasks
+from llm_streamline.scoring.groups import grouped
 from llm_streamline.scoring.items import Tasks, read_items
 from llm_streamline.scoring.prompts import bundled_openings
 from llm_streamline.scoring.stability import compare_tasks
 from llm_streamline.scoring.subject import Subject
 from llm_streamline.scoring.suites import DEFAULT
+from llm_streamline.scoring.tasks import HarnessTask
 from llm_streamline.scoring.texts import Text, read_text
 from llm_streamline.scoring.writing import compare_written
 
@@ -31,6 +34,8 @@ def evaluate(request: Request, runtime: Runtime) -> Evaluation:
     folder = _folder(runtime.output)
     request = _with_default(request)
     tasks = _unique([task for given in request.tasks for task in open_tasks(given, request.limit)])
+    if request.backend == "vllm":
+        check_vllm(sum(isinstance(task, HarnessTask) for task in tasks))
     texts = _unique([read_text(Path(given), request.limit) for given in request.text])
     subjects = _subjects(request, runtime)
     evaluators = [Evaluator(one, label, request, folder, runtime.quiet) for label, one in subjects.items()]
@@ -127,9 +132,10 @@ def with_speed(
 
 
 def compared(found: list[ModelScore], dense: str | None, folder: Path) -> list[ModelScore]:
-    """The scores, with every other model's stability and flips against the dense one's items."""
+    """The scores, with every other model's stability and flips against the dense one's items, and with groups."""
     first = next((one for one in found if one.label == dense), None)
-    return [one if first is None or one is first else _against(first, one, folder) for one in found]
+    done = [one if first is None or one is first else _against(first, one, folder) for one in found]
+    return [one.model_copy(update={"groups": grouped(one)}) for one in done]
 
 
 def _against(dense: ModelScore, one: ModelScore, folder: Path) -> ModelScore:
