@@ -9,9 +9,10 @@ from huggingface_hub.repocard import metadata_load
 
 from llm_streamline import assemble as assemble_module
 from llm_streamline import card, oracle, run
+from llm_streamline.evaluation import Evaluation
 from llm_streamline.recipe import Recipe, Runtime
 from llm_streamline.records import Manifest
-from tests import tiny
+from tests import evaluations, tiny
 
 APACHE = "\n   Apache License\n   Version 2.0, January 2004\n"
 
@@ -75,6 +76,36 @@ def test_a_folder_with_code_of_its_own_says_how_to_load_it(shorten):
 def test_a_card_without_scores_says_so(shorten):
     manifest = Manifest.read(shorten() / oracle.MANIFEST).model_copy(update={"scores": None})
     assert "Not measured yet" in card.card_text(manifest)
+
+
+def test_an_evaluation_is_in_the_card_and_in_its_metadata(shorten, tmp_path):
+    manifest = Manifest.read(shorten() / oracle.MANIFEST)
+    found = evaluations.of_a_run()
+    card.write_card(manifest, tmp_path, found)
+    loaded = ModelCard.load(tmp_path / "README.md")
+    results = {one.dataset_name: (one.metric_type, one.metric_value) for one in loaded.data.eval_results}
+    assert results == {"questions": ("accuracy", 0.86), "few": ("accuracy", 0.75)}  # of the others one is at chance
+    assert ModelCardData(**loaded.data.to_dict()).to_yaml() == loaded.data.to_yaml()
+    for line in (
+        *("| `questions` | 0.900 | 0.860 | 0.940 | 100 of 100 | 6.0% |", "| `recall` | 0.600 | 0.360 |  |  |  |"),
+        *(
+            "| `guessed` | (0.440) | (0.440) | (0.520) | 50 of 50 | 48.0% |",
+            "| `few` | 0.750 | 0.750 | (0.900) | 6 of 100",
+        ),
+        *("decode 1.31x as fast, 25% fewer bytes.\n\n", found.warnings[0]),
+    ):
+        assert line in loaded.text, line
+    assert "These losses say nothing" not in loaded.text
+
+
+def test_without_an_evaluation_that_ranks_there_are_no_results(shorten):
+    manifest = Manifest.read(shorten() / oracle.MANIFEST)
+    assert "## Evaluation" not in card.card_text(manifest) and "model-index" not in card.card_text(manifest)
+    texts = [evaluations.model(label, texts=[evaluations.text()]) for label in ("dense", "saved")]
+    text = card.card_text(manifest, Evaluation(against="dense", models=texts))
+    assert "has 1.00 times the perplexity on stories" in text and "model-index" not in text and "| task |" not in text
+    cut = evaluations.pair().model_copy(update={"models": evaluations.pair().models[:1]})
+    assert card.card_text(manifest, cut) == card.card_text(manifest)
 
 
 def test_licence_files_go_along(shorten, source):

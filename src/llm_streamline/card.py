@@ -6,7 +6,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from llm_streamline import verdict
+from llm_streamline import findings, verdict
+from llm_streamline.comparison import Unit, is_share, saved_of, units
+from llm_streamline.evaluation import Evaluation
 from llm_streamline.files import write_text
 from llm_streamline.records import LayerPlan, Manifest, Scores
 
@@ -77,11 +79,11 @@ def _licence_of(file: Path) -> dict[str, str]:
     return {"license": "other", "license_name": "see-license-file", "license_link": file.name}
 
 
-def write_card(manifest: Manifest, folder: Path) -> None:
-    write_text(folder / CARD, card_text(manifest))
+def write_card(manifest: Manifest, folder: Path, evaluation: Evaluation | None = None) -> None:
+    write_text(folder / CARD, card_text(manifest, evaluation))
 
 
-def card_text(manifest: Manifest) -> str:
+def card_text(manifest: Manifest, evaluation: Evaluation | None = None) -> str:
     """The whole card; without scores, as long as they have not been measured, it says so."""
     import jinja2
     import yaml
@@ -97,7 +99,9 @@ def card_text(manifest: Manifest) -> str:
     )
     plan, scores = manifest.plan, manifest.scores
     return environment.get_template("card.md.j2").render(
-        metadata=metadata(manifest),
+        metadata=metadata(manifest, evaluation),
+        tasks=task_rows(evaluation),
+        said=said(evaluation),
         m=manifest,
         plan=plan,
         name=_plain(Path(plan.model).name),
@@ -111,13 +115,27 @@ def card_text(manifest: Manifest) -> str:
     )
 
 
-def metadata(manifest: Manifest) -> str:
-    """The YAML block that the Hub reads."""
-    from huggingface_hub import ModelCardData
+def metadata(manifest: Manifest, evaluation: Evaluation | None = None) -> str:
+    """The YAML block that the Hub reads, with the saved model's accuracies where they rank."""
+    from huggingface_hub import EvalResult, ModelCardData
 
     custom = ["custom_code"] if manifest.plan.custom_code else []
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=unit.name,
+            dataset_name=unit.name,
+            metric_type="accuracy",
+            metric_value=round(unit.after, 4),
+        )
+        for unit in findings.ranking(_asked(evaluation))
+    ]
+    named: dict[str, Any] = (
+        {"model_name": _plain(Path(manifest.plan.model).name), "eval_results": results} if results else {}
+    )
     data = ModelCardData(
         **manifest.origin,
+        **named,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["llm-streamline", "layer-pruning", "distillation", *custom],
@@ -146,6 +164,37 @@ def score_rows(plan: LayerPlan, scores: Scores | None) -> list[tuple[str, str, s
         )
         for name, count, parameters, loss in three
     ]
+
+
+def _asked(evaluation: Evaluation | None) -> list[Unit]:
+    """What the dense and the saved model of a run were asked."""
+    saved = evaluation and saved_of(evaluation)
+    return units(evaluation, saved) if evaluation and saved else []
+
+
+def said(evaluation: Evaluation | None) -> list[str]:
+    """The saved model against the dense one in a sentence, and what one is warned of."""
+    saved = evaluation and saved_of(evaluation)
+    return [findings.sentence(evaluation, saved), *evaluation.warnings] if evaluation and saved else []
+
+
+def task_rows(evaluation: Evaluation | None) -> list[tuple[str, ...]]:
+    """Task, accuracies, stability, effective n and flips; what ranks nothing stands in parentheses."""
+    return [_task_row(unit) for unit in _asked(evaluation) if is_share(unit.dense)]
+
+
+def _task_row(unit: Unit) -> tuple[str, ...]:
+    name = f"`{_cell(unit.name)}`"
+    accuracies = [f"{value:.3f}" if unit.ranks else f"({value:.3f})" for value in (unit.before, unit.after)]
+    if not unit.stability:
+        return (name, *accuracies, "", "", "")
+    effective = sum(one.effective_items for one in unit.stability)
+    stable = f"({unit.stable:.3f})" if unit.doubt else f"{unit.stable:.3f}"
+    return (name, *accuracies, stable, f"{effective:,.0f} of {unit.items:,}", f"{unit.flipped / unit.items:.1%}")
+
+
+def _cell(text: str) -> str:
+    return _plain(text).replace("|", "/")
 
 
 def _plain(text: str) -> str:

@@ -15,6 +15,7 @@ from llm_streamline.records import FEWEST_EFFECTIVE, SIGNIFICANCE, Stability
 
 DEVIATIONS = 1.96  # standard errors on either side that make a 95 % interval
 CHOSEN = "accuracy"  # the metric of multiple choice
+CUT, SAVED = "cut", "saved"  # what a run calls its models, besides the dense one
 AT_CHANCE, FEW_ITEMS = "at chance", "a few items decide"
 
 Scored = Sequence[TaskScore]
@@ -137,6 +138,11 @@ def dense_of(found: Evaluation) -> ModelScore | None:
 def compared(found: Evaluation) -> list[ModelScore]:
     """The models that are held against the dense one."""
     return [one for one in found.models if one.label != found.against] if dense_of(found) else []
+
+
+def saved_of(found: Evaluation) -> ModelScore | None:
+    """What a run's evaluation has of the model that the run wrote."""
+    return next((one for one in compared(found) if one.label == SAVED), None)
 
 
 def gathered(tasks: Scored) -> dict[str, list[TaskScore]]:

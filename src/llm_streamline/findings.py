@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from statistics import fmean
 
 from llm_streamline import verdict
-from llm_streamline.comparison import Unit, compared, dense_of, is_chosen, units
+from llm_streamline.comparison import CUT, SAVED, Unit, compared, dense_of, is_chosen, units
 from llm_streamline.evaluation import Evaluation, ModelScore, Timing
 from llm_streamline.records import SIGNIFICANCE
 
@@ -16,12 +16,11 @@ WORSE_TEXT = 1.2  # times the dense model's perplexity
 WORSE_WRITING = 0.25  # more than the dense model's share, of loops, early ends or repetition
 FLIPPED = 0.1  # share of the answers
 HIDDEN = 0.5  # of the flips: accuracy that moves by less hides them
-_ROLES = ("dense", "cut", "saved")  # what a run calls its models
 
 
 def called(label: str) -> str:
     """A model's label as the subject of a sentence."""
-    return f"the {label} model" if label in _ROLES else label
+    return f"the {label} model" if label in (CUT, SAVED) else label
 
 
 def capital(text: str) -> str:

@@ -13,15 +13,14 @@ import jinja2
 
 from llm_streamline import charts, findings, scoreboard, tables, verdict
 from llm_streamline.card import TEMPLATES, score_rows
-from llm_streamline.comparison import compared, units
-from llm_streamline.evaluation import Evaluation, ModelScore
+from llm_streamline.comparison import compared, saved_of, units
+from llm_streamline.evaluation import Evaluation
 from llm_streamline.files import write_text
 from llm_streamline.oracle import MANIFEST
 from llm_streamline.records import LayerPlan, Manifest, Scores, Similarity
 
 PAGE = "report.html"
 EVALUATION = "evaluation.json"
-SAVED = "saved"  # what a run calls the model that it wrote
 _PARTS = {
     "calibration": "measures similarity",
     "training": "trains the replacement",
@@ -51,7 +50,7 @@ def write_evaluation_report(folder: Path) -> Path:
 def render(manifest: Manifest, similarity: Similarity, recipe: str, found: Evaluation | None = None) -> str:
     plan, scores, fit = manifest.plan, manifest.scores, manifest.fit
     assert scores is not None  # a page of a run that is not finished is not asked for
-    saved = saved_of(found)
+    saved = saved_of(found) if found else None
     return _template("report.html.j2").render(
         name=Path(plan.model).name or plan.model,
         m=manifest,
@@ -105,11 +104,6 @@ def _template(name: str) -> jinja2.Template:
     return environment.get_template(name)
 
 
-def saved_of(found: Evaluation | None) -> ModelScore | None:
-    """What a run's evaluation has of its saved model."""
-    return next((one for one in compared(found) if one.label == SAVED), None) if found else None
-
-
 @dataclass(frozen=True)
 class Column:
     """The accuracies of the dense, the merely cut and the saved model on one task."""
@@ -120,7 +114,7 @@ class Column:
 
 def accuracy_column(found: Evaluation | None) -> Column | None:
     """By the first task that ranks; None where there is none."""
-    saved = saved_of(found)
+    saved = saved_of(found) if found else None
     if found is None or saved is None:
         return None
     unit = next(iter(findings.ranking(units(found, saved))), None)

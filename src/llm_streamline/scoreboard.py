@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from llm_streamline import tables
 from llm_streamline.comparison import (
     AT_CHANCE,
+    CUT,
     Scored,
     Unit,
     above_chance,
@@ -34,7 +35,6 @@ SHOWN = 12  # samples
 LONG = 1500  # characters of a prompt or a text, beyond which it is cut
 COLOURS = 4  # of models besides the dense one, before they repeat
 WIDEST = 20  # characters of a label, beyond which it takes several lines
-CUT = "cut"  # what a run calls its merely cut model
 
 
 @dataclass(frozen=True)
