@@ -61,7 +61,7 @@ def compress(recipe: Recipe, runtime: Runtime | None = None) -> Result:
     verification = assemble_model(work, plan, fit, similarity, folder)
     scores = folder.stage("scores.json", Scores, lambda: score(work, plan, folder))
     evaluation = evaluate_models(work, plan, tasks, folder)
-    publish_scores(scores, folder)
+    publish_scores(scores, evaluation, folder)
     if not folder.has(PAGE):
         write_report(folder.path)
     places = {"model": str(folder.path / "model"), "report": str(folder.path / PAGE)}
@@ -284,7 +284,7 @@ def standings(work: Workspace, plan: LayerPlan, folder: RunFolder) -> dict[str, 
     return found
 
 
-def publish_scores(scores: Scores, folder: RunFolder) -> None:
+def publish_scores(scores: Scores, evaluation: Evaluation | None, folder: RunFolder) -> None:
     """Into the model's card and manifest, each replaced as a whole.
 
     The manifest goes last: where it has the scores, the card has them too, however a run ended.
@@ -293,7 +293,7 @@ def publish_scores(scores: Scores, folder: RunFolder) -> None:
     manifest = Manifest.read(model / MANIFEST)
     if manifest.scores != scores or not (model / CARD).exists():
         manifest = manifest.model_copy(update={"scores": scores})
-        write_card(manifest, model)
+        write_card(manifest, model, evaluation)
         manifest.write(model / MANIFEST)
 
 

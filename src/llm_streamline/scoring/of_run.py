@@ -24,7 +24,7 @@ from llm_streamline.scoring.subject import digest
 
 DENSE, CUT, SAVED = "dense", "cut", "saved"
 OWN = "own-text.jsonl"
-SAMPLES, OPENING = 4, 32  # samples, and tokens of each opening
+SAMPLES, OPENING = 12, 32  # samples, and tokens of each opening
 
 
 @dataclass
