@@ -47,7 +47,8 @@ def test_figures_by_hand(monkeypatch):
     dense, short = iter([(2.0, 4.0), (20.0, 40.0), (2.2, 4.0)]), iter([(1.0, 2.0), (10.0, 40.0), (1.0, 1.0)])
     rounds = [list(dense), list(short)]
     monkeypatch.setattr(speed, "take_turns", lambda models, load, title, quiet: rounds)
-    (own,), (other,) = ([one[0]] for one in timings([None, None], 64, "t"))
+    (own, own_8), (other, _) = timings([None, None], 64, "t")
+    assert (own_8.prefill, own_8.decode) == (8 * 32 / 2.2, 8 * 32 / 4.0)
     assert (own.prefill, own.decode) == (32 / 2.2, 32 / 4.0)
     assert own.prefill_ratio is None and own.decode_interval is None
     assert (other.prefill_ratio, other.decode_ratio) == (2.0, 2.0)
