@@ -47,6 +47,7 @@ def test_figures_by_hand(monkeypatch):
     dense, short = iter([(2.0, 4.0), (20.0, 40.0), (2.2, 4.0)]), iter([(1.0, 2.0), (10.0, 40.0), (1.0, 1.0)])
     rounds = [list(dense), list(short)]
     monkeypatch.setattr(speed, "take_turns", lambda models, load, title, quiet: rounds)
+    monkeypatch.setattr(speed, "SLOW", 1e9)
     (own, own_8), (other, _) = timings([None, None], 64, "t")
     assert (own_8.prefill, own_8.decode) == (8 * 32 / 2.2, 8 * 32 / 4.0)
     assert (own.prefill, own.decode) == (32 / 2.2, 32 / 4.0)
@@ -54,6 +55,15 @@ def test_figures_by_hand(monkeypatch):
     assert (other.prefill_ratio, other.decode_ratio) == (2.0, 2.0)
     assert other.prefill_interval[0] == 2.0 and other.prefill_interval[1] == pytest.approx(2.2)
     assert other.decode_interval == (1.0, 4.0)
+
+
+def test_a_batch_that_would_take_minutes_is_left_out(monkeypatch, capsys):
+    monkeypatch.setattr(speed, "take_turns", lambda models, load, title, quiet: [[(5.0, 1.0)] * 3] * 2)
+    dense, other = timings([None, None], 64, "t")
+    assert [one.batch for one in dense] == [one.batch for one in other] == [1]
+    assert "batch 8 is left out: one round would take 96 s" in capsys.readouterr().err
+    monkeypatch.setattr(speed, "take_turns", lambda models, load, title, quiet: [[(2.0, 1.0)] * 3] * 2)
+    assert [one.batch for one in timings([None, None], 64, "t")[0]] == [1, 8]
 
 
 def test_bytes_of_weights_and_cache_by_hand(model):

@@ -16,11 +16,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llm_streamline.evaluation import Interval, Size, Timing
-from llm_streamline.progress import progress
+from llm_streamline.progress import progress, say
 
 BATCHES = (1, 8)
 PROMPT, NEW = 512, 32  # tokens, where the context leaves room for them
-FEWEST, MOST, SECONDS = 5, 40, 6.0  # rounds, and about how long all of one batch size may take
+FEWEST, MOST, SECONDS = 3, 40, 6.0  # rounds, and about how long all of one batch size may take
+SLOW = 60.0  # seconds for one round of all models: where more is to be expected, a larger batch is left out
 
 
 @dataclass(frozen=True)
@@ -86,10 +87,18 @@ def take_turns(
 
 
 def timings(models: Sequence[PreTrainedModel], context: int, title: str, quiet: bool = False) -> list[list[Timing]]:
-    """Per model a Timing per batch size, with ratios to the first model, which has none itself."""
+    """Per model a Timing per batch size, with ratios to the first model, which has none itself.
+
+    A batch size that would take minutes a round is left out, which is said.
+    """
     found: list[list[Timing]] = [[] for _ in models]
+    expected = 0.0
     for load in loads(context):
+        if expected * load.batch > SLOW:
+            say(f"speed at batch {load.batch} is left out: one round would take {expected * load.batch:.0f} s", quiet)
+            break
         rounds = take_turns(models, load, title, quiet)
+        expected = sum(median(map(sum, own)) for own in rounds) / load.batch
         for number, own in enumerate(rounds):
             found[number].append(_timing(load, own, rounds[0] if number else None))
     return found
