@@ -66,13 +66,15 @@ def _now(model: PreTrainedModel) -> float:
     return time.perf_counter()
 
 
-def take_turns(models: Sequence[PreTrainedModel], load: Load, title: str, quiet: bool = False) -> list[list[Round]]:
+def take_turns(
+    models: Sequence[PreTrainedModel], load: Load, title: str, quiet: bool = False, rounds: int | None = None
+) -> list[list[Round]]:
     """Rounds of each model, one unmeasured first; who begins changes from round to round."""
     begun = time.perf_counter()
     for model in models:
         one_round(model, load)
     expected = (time.perf_counter() - begun) or 1e-6
-    count = int(min(MOST, max(FEWEST, SECONDS / expected)))
+    count = rounds or int(min(MOST, max(FEWEST, SECONDS / expected)))
     found: list[list[Round]] = [[] for _ in models]
     with progress(f"speed of {title}, batch {load.batch}", count, quiet) as advance:
         for turn in range(count):
