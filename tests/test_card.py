@@ -87,10 +87,14 @@ def test_an_evaluation_is_in_the_card_and_in_its_metadata(shorten, tmp_path):
     assert results == {"questions": ("accuracy", 0.86), "few": ("accuracy", 0.75)}  # of the others one is at chance
     assert ModelCardData(**loaded.data.to_dict()).to_yaml() == loaded.data.to_yaml()
     for line in (
-        *("| `questions` | 0.900 | 0.860 | 0.940 | 100 of 100 | 6.0% |", "| `recall` | 0.600 | 0.360 |  |  |  |"),
+        *("| `questions` | 0.900 | 0.860 | 0.940 | 100 of 100 | 6.0% |", "| `recall` | 0.600 | 0.360 |  |  | 36.0% |"),
         *(
             "| `guessed` | (0.440) | (0.440) | (0.520) | 50 of 50 | 48.0% |",
             "| `few` | 0.750 | 0.750 | (0.900) | 6 of 100",
+        ),
+        *(
+            "| saved | 1 | 128 + 32 | 5,000 | 1.31x [1.21, 1.41] | 80 |",
+            "| saved | 750,000 | 3 MB | 2.05 kB | 600 MB |",
         ),
         *("decode 1.31x as fast, 25% fewer bytes.\n\n", found.warnings[0]),
     ):

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from llm_streamline import findings, verdict
+from llm_streamline import findings, tables, verdict
 from llm_streamline.comparison import Unit, is_share, saved_of, units
 from llm_streamline.evaluation import Evaluation
 from llm_streamline.files import write_text
@@ -102,6 +102,7 @@ def card_text(manifest: Manifest, evaluation: Evaluation | None = None) -> str:
         metadata=metadata(manifest, evaluation),
         tasks=task_rows(evaluation),
         said=said(evaluation),
+        measured=[tables.timings(evaluation), tables.sizes(evaluation)] if evaluation else [],
         m=manifest,
         plan=plan,
         name=_plain(Path(plan.model).name),
@@ -175,19 +176,21 @@ def _asked(evaluation: Evaluation | None) -> list[Unit]:
 def said(evaluation: Evaluation | None) -> list[str]:
     """The saved model against the dense one in a sentence, and what one is warned of."""
     saved = evaluation and saved_of(evaluation)
-    return [findings.sentence(evaluation, saved), *evaluation.warnings] if evaluation and saved else []
+    return [findings.sentence(evaluation, saved), *()] if evaluation and saved else []
 
 
 def task_rows(evaluation: Evaluation | None) -> list[tuple[str, ...]]:
     """Task, accuracies, stability, effective n and flips; what ranks nothing stands in parentheses."""
-    return [_task_row(unit) for unit in _asked(evaluation) if is_share(unit.dense)]
+    saved = evaluation and saved_of(evaluation)
+    flips = {one.task: f"{one.flips:.1%}" for one in (saved.flips or () if saved else ())}
+    return [_task_row(unit, flips.get(unit.name, "")) for unit in _asked(evaluation) if is_share(unit.dense)]
 
 
-def _task_row(unit: Unit) -> tuple[str, ...]:
+def _task_row(unit: Unit, flips: str) -> tuple[str, ...]:
     name = f"`{_cell(unit.name)}`"
     accuracies = [f"{value:.3f}" if unit.ranks else f"({value:.3f})" for value in (unit.before, unit.after)]
     if not unit.stability:
-        return (name, *accuracies, "", "", "")
+        return (name, *accuracies, "", "", flips)
     effective = sum(one.effective_items for one in unit.stability)
     stable = f"({unit.stable:.3f})" if unit.doubt else f"{unit.stable:.3f}"
     return (name, *accuracies, stable, f"{effective:,.0f} of {unit.items:,}", f"{unit.flipped / unit.items:.1%}")
