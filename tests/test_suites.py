@@ -1,4 +1,4 @@
-"""Suites: the bundled one from end to end, and what the others' names stand for."""
+"""The bundled suite: its questions, and that they can be answered. Those of lm-eval are in test_paper."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
+from scipy import stats
 
-from llm_streamline.evaluation import Request
-from llm_streamline.recipe import Runtime
+from llm_streamline.checkpoint import Source, context_length, load_config, load_model, load_tokenizer
 from llm_streamline.scoring import suites
-from llm_streamline.scoring.evaluate import evaluate
-from llm_streamline.scoring.questions import Question, read_questions
-from tests import tiny
+from llm_streamline.scoring.given import open_tasks
+from llm_streamline.scoring.questions import Question, answers, encode, read_questions
 
 QUICK = [Path(name) for name in suites.SUITES["quick"]]
 MAKER = suites.HERE / "quick" / "make_tasks.py"
@@ -70,20 +70,18 @@ def test_bundled_openings_are_several_and_not_short():
     assert all(20 <= len(row["prompt"].split()) <= 40 for row in rows)
 
 
-def test_what_names_no_task_runs_the_bundled_suite(tmp_path, llama_folder, monkeypatch):
+def test_the_bundled_suites_name_stands_for_its_tasks(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)  # which it does not need
-    runtime = Runtime(output=tmp_path / "out", quiet=True, compute="float32")
-    found = evaluate(Request(models=str(llama_folder), limit=2), runtime)
-    assert [task.task for task in found.models[0].tasks] == ["quick-continuation", "quick-grammar", "quick-facts"]
-    assert [task.items for task in found.models[0].tasks] == [2, 2, 2]
-    assert evaluate(Request(models=str(llama_folder), limit=2, tasks="quick"), runtime) == found
-    text = tiny.write_jsonl(tmp_path / "text.jsonl", tiny.make_documents(2))
-    assert not evaluate(Request(models=str(llama_folder), text=text), runtime).models[0].tasks
+    found = open_tasks("quick", 2)
+    assert [task.name for task in found] == ["quick-continuation", "quick-grammar", "quick-facts"]
+    assert [len(task.questions) for task in found] == [2, 2, 2]
 
 
 @pytest.mark.slow
-def test_a_small_model_answers_the_bundled_suite_better_than_by_guessing(tmp_path, shared):
-    runtime = Runtime(output=tmp_path / "out", quiet=True, compute="float32")
-    (found,) = evaluate(Request(models=str(shared / "models" / "prose-llama-10m")), runtime).models
-    lower = {task.task: task.interval[0] for task in found.tasks}
-    assert lower["quick-continuation"] > 0.25 and lower["quick-grammar"] > 0.5
+def test_a_small_model_answers_the_bundled_suite_better_than_by_guessing(shared, quick):
+    source = Source(str(shared / "models" / "prose-llama-10m"))
+    model, tokenizer = load_model(source, torch.float32), load_tokenizer(source, load_config(source).vocab_size)
+    for name, chance in (("quick-continuation", 0.25), ("quick-grammar", 0.5)):
+        rows = encode(tokenizer, quick[name], context_length(model.config))
+        right = sum(item.likeliest_right for item in answers(model, quick[name], rows, name, quiet=True))
+        assert stats.binomtest(right, len(rows)).proportion_ci().low > chance
