@@ -6,7 +6,7 @@ import argparse
 import sys
 from importlib import import_module
 
-NAMES = ("help", "analyze", "train", "memory")
+NAMES = ("help", "analyze", "train", "memory", "speed")
 
 
 def main() -> None:

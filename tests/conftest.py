@@ -13,6 +13,7 @@ os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="modules-")
 
 import pytest
 
+from llm_streamline.scoring import speed
 from tests import tiny
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -22,6 +23,12 @@ SHARED = Path(__file__).parents[2] / "shared"
 def no_modules_left() -> Iterator[None]:
     yield
     shutil.rmtree(os.environ["HF_MODULES_CACHE"], ignore_errors=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def short_rounds() -> None:
+    """What is timed in tests is not read for its speed."""
+    speed.SECONDS, speed.FEWEST = 0.1, 2
 
 
 @pytest.fixture(scope="session")

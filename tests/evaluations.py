@@ -71,8 +71,8 @@ def text(nats=2.0, name="stories") -> TextScore:
     return TextScore(text=name, nats=nats, se=0.01, perplexity=7.0, bits_per_byte=0.9, **counts)
 
 
-def writing(looping=0.0, early=0.0, repeated=0.1) -> Writing:
-    return Writing(samples=4, tokens=200, repeated=repeated, looping=looping, early=early, unended=0.5)
+def writing(looping=0.0, early=0.0, repeated=0.1, samples=12) -> Writing:
+    return Writing(samples=samples, tokens=200, repeated=repeated, looping=looping, early=early, unended=0.5)
 
 
 def written(words="the end", name="a", **changes) -> Written:

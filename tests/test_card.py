@@ -30,7 +30,9 @@ def shorten(source, text_file, tmp_path, monkeypatch):
     def call(**changes):
         small = {"tokens": 4000, "calibration_tokens": 2000, "validation_tokens": 2000, "remove": "2"}
         recipe = Recipe(model=str(source), data=(str(text_file),), **{"replace": "none", **small, **changes})
-        run.compress(recipe, Runtime(output=tmp_path / "out", quiet=True, command="llm-streamline compress `x`"))
+        run.compress(
+            recipe, Runtime(output=tmp_path / "out", quiet=True, tasks=("none",), command="llm-streamline compress `x`")
+        )
         return tmp_path / "out" / "model"
 
     return call

@@ -22,6 +22,7 @@ from llm_streamline.recipe import Runtime
 from llm_streamline.scoring import evaluator as stage
 from llm_streamline.scoring.evaluate import evaluate
 from llm_streamline.scoring.items import read_items
+from llm_streamline.scoring.prompts import bundled_openings
 from llm_streamline.scoring.stability import compare_tasks
 from llm_streamline.scoring.texts import Text, read_text, score_text, stride_of, windows
 from tests import tiny
@@ -107,6 +108,35 @@ def test_an_interrupted_evaluation_continues(models, inputs, tmp_path, monkeypat
     kept = (tmp_path / "out" / "items" / "dense" / "q.jsonl").stat().st_mtime_ns
     assert run(models, inputs, tmp_path / "out") == whole
     assert (tmp_path / "out" / "items" / "dense" / "q.jsonl").stat().st_mtime_ns == kept
+
+
+def test_writing_and_speed_are_kept_too(models, inputs, tmp_path, monkeypatch):
+    asked = []
+    for name in ("write", "timings", "process_peak"):
+        real = getattr(stage, name)
+        monkeypatch.setattr(stage, name, lambda *a, name=name, real=real, **k: asked.append(name) or real(*a, **k))
+    rows = [{"id": number, "query": f"the {number}", "answer": ["old", "red boat"]} for number in range(3)]
+    (tmp_path / "w.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    both = (inputs[0], str(tmp_path / "w.jsonl"))
+    first = run(models, inputs, tmp_path / "out", tasks=both, samples=True, speed=True)
+    assert asked == ["write"] * 4 + ["timings"] + ["process_peak"] * 2
+    asked.clear()
+    assert run(models, inputs, tmp_path / "out", tasks=both, samples=True, speed=True) == first and not asked
+    dense, other = first.models
+    assert dense.writing.samples == len(dense.written) == len(bundled_openings())
+    assert dense.timings[0].decode_ratio is None and other.timings[0].decode_ratio > 0 and other.size.peak
+    assert dense.flips is None and other.flips[0].task == "w" and other.flips[0].items == 3
+    assert dense.task("w").metric == "exact match" and set(dense.task("w").others) == {"rouge1", "rouge2", "rougeL"}
+    assert [one.task for one in other.stability] == ["q"]
+    lines = (tmp_path / "out" / "items" / "other" / "w.jsonl").read_text().splitlines()
+    assert [json.loads(line)["answers"] for line in lines] == [["old", "red boat"]] * 3
+    assert read_items(tmp_path / "out" / "items" / "other").keys() == {"q"}, "what is written has no PPL"
+
+
+def test_with_nothing_asked_the_suite_quick_is_and_lets_models_write_and_times_them(models, tmp_path):
+    found = run(models, ((), ()), tmp_path / "out", limit=2)
+    assert {task.task for task in found.models[0].tasks} == {"quick-continuation", "quick-facts", "quick-grammar"}
+    assert all(one.writing and one.timings and one.size for one in found.models)
 
 
 @pytest.mark.parametrize(("block", "stride"), [(16, None), (16, 5), (16, 1), (128, None)])
@@ -206,8 +236,8 @@ def refused(capsys, words: str, *arguments: str) -> None:
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ("MODEL -o out", "no --tasks and no --text was given"),
-        ("--tasks Q -o out", "no MODEL was given"),
+        ("-o out", "no MODEL was given"),
+        ("--tasks Q", "no MODEL was given"),
         ("MODEL --tasks Q", "no output folder was given"),
         ("MODEL --tasks nothing.jsonl -o out", "nothing.jsonl is no file here"),
         ("MODEL --tasks nothing.yaml -o out", "nothing.yaml is no file here|needs lm-eval"),

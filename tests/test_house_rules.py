@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "llm_streamline"
 MODULES = sorted(path for path in SOURCE.rglob("*.py"))
 PRODUCT = [path for path in MODULES if "demo" not in path.relative_to(SOURCE).parts]
-STAGES = {"analyze", "choose", "train", "assemble", "scoring", "report", "page"}
+STAGES = {"analyze", "choose", "train", "assemble", "scoring", "report", "figures", "page"}
 CONDUCTORS = {"run", "cli", "demonstration", "__init__", "__main__"}
 FAMILY_NAMES = re.compile(
     r"\b(llama|opt|mistral|mixtral|qwen\w*|gemma\w*|phi3?|gpt2|gpt_neox?|bloom|falcon|olmo\w*|granite|starcoder\w*|smollm\w*|"
@@ -80,7 +80,13 @@ def test_every_module_has_its_tests():
     elsewhere |= {"networks": "replacement", "custom_code": "replacement"}
     elsewhere |= {"charts": "page", "verdict": "page"}
     elsewhere |= {"workspace": "run", "checkpoint": "cli", "records": "choose", "errors": "cli"}
-    elsewhere |= {"evaluation": "evaluate", "flags": "cli", "comparison": "findings", "tables": "scoreboard"}
+    elsewhere |= {
+        "evaluation": "evaluate",
+        "flags": "cli",
+        "comparison": "findings",
+        "tables": "scoreboard",
+        "figures": "report",
+    }
     covered = {path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py")}
     modules = {path.stem for path in PRODUCT if path.parent == SOURCE and not path.stem.startswith("__")}
     assert {elsewhere.get(name, name) for name in modules} <= covered

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from llm_streamline.errors import UserError
+from llm_streamline.scoring.evaluator import task_score
 from llm_streamline.scoring.items import read_items
 from llm_streamline.scoring.perplexity import batches
-from llm_streamline.scoring.questions import Question, accuracy, answers, encode, read_questions
+from llm_streamline.scoring.questions import Question, answers, encode, read_questions
 from tests import tiny
 
 GOOD = {"id": 0, "query": "The boat is", "choices": ["red", "small"], "gold": 1}
@@ -82,8 +83,9 @@ def test_the_two_measures_are_of_different_texts_and_may_differ():
     model, tokenizer = tiny.make_model("llama"), tiny.make_tokenizer()
     items = answers(model, questions, encode(tokenizer, questions, tiny.CONTEXT), "t", quiet=True)
     assert any(item.right != item.likeliest_right for item in items)
-    share = sum(item.likeliest_right for item in items) / len(items)
-    assert accuracy(model, tokenizer, questions, "t", quiet=True) == share
+    score = task_score(items)
+    assert score.value == sum(item.likeliest_right for item in items) / len(items)
+    assert score.right_by_ppl == sum(item.right for item in items) / len(items)
 
 
 def test_one_space_joins_a_choice_to_its_query():

@@ -173,7 +173,7 @@ def test_trained_saved_loaded_in_a_fresh_process_and_generating(name, folder, tm
     text = tiny.write_jsonl(tmp_path / "text.jsonl", tiny.make_documents(200))
     model, made = folder(name), {}
     for replace in ("mlp", *NETWORKS):
-        runtime = Runtime(output=tmp_path / replace.replace(":", "-"), quiet=True)
+        runtime = Runtime(output=tmp_path / replace.replace(":", "-"), quiet=True, tasks=("none",))
         made[replace] = result = compress(recipe(model, text, replace=replace), runtime)
         assert result.verification.passed and result.fit.validation_best < result.fit.validation_before
         assert math.isfinite(result.scores.saved.nats)
@@ -197,7 +197,10 @@ def test_code_in_a_folder_is_never_run_unasked_nor_silently_left_out(folder, tmp
         oracle.verify(result.model)
     assert oracle.verify(result.model, trust_remote_code=True).passed
     with pytest.raises(UserError, match="--trust-remote-code"):
-        compress(recipe(Path(result.model), text, replace="none"), Runtime(output=tmp_path / "again", quiet=True))
+        compress(
+            recipe(Path(result.model), text, replace="none"),
+            Runtime(output=tmp_path / "again", quiet=True, tasks=("none",)),
+        )
     config = json.loads((Path(result.model) / "config.json").read_text())
     assert config["streamlined"]["place"] == 2 and config["num_hidden_layers"] == 4
 

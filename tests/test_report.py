@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from llm_streamline import report
+from llm_streamline import figures, report
 from llm_streamline.analyze import analyze
 from llm_streamline.records import Check, Fit, Loss, Point, Scores, Window
 from tests import tiny
@@ -70,7 +70,7 @@ def test_the_summary_says_what_it_cost(similarity):
 @pytest.mark.parametrize("losses", [(4.0, 2.0, 1.0), (4.0, 0.2, 0.1)])
 def test_figures_are_drawn(similarity, tmp_path, losses):
     window = Window(start=1, stop=3)
-    report.draw_similarity(similarity, tmp_path / "a.png", window)
-    report.draw_heat_map(similarity, tmp_path / "b.png", window)
-    report.draw_training(fit(losses), tmp_path / "c.png")
+    figures.draw_similarity(similarity, tmp_path / "a.png", window)
+    figures.draw_heat_map(similarity, tmp_path / "b.png", window)
+    figures.draw_training(fit(losses), tmp_path / "c.png")
     assert all((tmp_path / name).read_bytes()[:4] == PNG for name in ("a.png", "b.png", "c.png"))

@@ -111,6 +111,8 @@ def test_flips_of_written_tasks_by_hand():
     assert (found.both, found.lost, found.gained, found.neither) == (1, 2, 1, 1)
     assert found.flips == pytest.approx(0.6) and found.mcnemar_p == 1.0
     assert found.difference_interval[0] < -0.2 < found.difference_interval[1]
+    worse = compare_written([written(exact=True)] * 20, [written(exact=bool(n % 2)) for n in range(20)])
+    assert -1 <= worse.difference_interval[0] < -0.5 < worse.difference_interval[1] < 0 and worse.mcnemar_p < 0.01
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "compress": "run",
     "verify": "oracle",
-    "evaluate": "scoring.evaluate",
+    "evaluate": "run",
     "Recipe": "recipe",
     "Runtime": "recipe",
     "Request": "evaluation",
@@ -28,8 +28,7 @@ if TYPE_CHECKING:
     from llm_streamline.oracle import verify
     from llm_streamline.recipe import Recipe, Runtime
     from llm_streamline.records import LayerPlan
-    from llm_streamline.run import compress
-    from llm_streamline.scoring.evaluate import evaluate
+    from llm_streamline.run import compress, evaluate
 
 
 def __getattr__(name: str) -> Any:

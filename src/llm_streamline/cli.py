@@ -21,9 +21,9 @@ from llm_streamline.flags import NOT_EVALUATE, ONLY_COMPRESS, command_line, with
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from llm_streamline.evaluation import Request
+    from llm_streamline.evaluation import Request, Result
     from llm_streamline.recipe import Recipe, Runtime
-    from llm_streamline.records import Record, Result
+    from llm_streamline.records import Record
 
 _INTERRUPTED = 130
 _WIDE = 160
@@ -51,7 +51,12 @@ def _summary(result: Result) -> list[str | Table]:
 
     plan, fit, scores = result.plan, result.fit, result.scores
     lines = report.summary_lines(plan, fit, result.verification, Path(result.model))
-    return [report.summary_table(plan, scores), *lines, f"report    {result.report}"]
+    return [
+        report.summary_table(plan, scores),
+        *lines,
+        *report.kept_lines(result.evaluation),
+        f"report    {result.report}",
+    ]
 
 
 def analyze(recipe: Recipe, runtime: Runtime) -> None:
@@ -95,9 +100,8 @@ def demo(
     from llm_streamline.recipe import Runtime
 
     result, answers = demonstration.demo(Runtime(output=output, command=command_line()))
-    print_json = {"accuracy": json.loads(answers.model_dump_json()), **json.loads(result.model_dump_json())}
-    line = f"accuracy dense {answers.dense:.2f} deleted {answers.deleted:.2f} replaced {answers.replaced:.2f}"
-    _print(json_output, print_json, [*_summary(result), line])
+    line = "accuracy " + " ".join(f"{name} {value:.2f}" for name, value in answers.items())
+    _print(json_output, {"accuracy": answers, **json.loads(result.model_dump_json())}, [*_summary(result), line])
 
 
 def families(
@@ -126,26 +130,27 @@ def stability(
 
     Reads our items, lm-eval's samples_*.jsonl and OpenCompass's prediction folders, whichever a path holds.
     """
-    from llm_streamline.report import stability_lines, stability_table
+    from llm_streamline.report import macro_lines, stability_lines, stability_table
     from llm_streamline.scoring.items import read_items
-    from llm_streamline.scoring.stability import compare_tasks
+    from llm_streamline.scoring.stability import compare_tasks, macro
 
     found = compare_tasks(read_items(before), read_items(after))
-    as_json = {"tasks": [json.loads(one.model_dump_json()) for one in found]}
-    _print(json_output, as_json, [stability_table(found), *stability_lines(found)])
+    mean = macro(found)
+    as_json = {"tasks": [json.loads(one.model_dump_json()) for one in found], "macro": mean}
+    _print(json_output, as_json, [stability_table(found), *macro_lines(mean, len(found)), *stability_lines(found)])
 
 
 def evaluate(request: Request, runtime: Runtime) -> None:
     """Ask models questions and let them predict text, and compare their answers with the dense model's.
 
-    Writes every answer to OUT/items/MODEL/TASK.jsonl and all figures to OUT/evaluation.json. What an earlier, also an
-    interrupted, evaluation in OUT has finished is not repeated.
+    Writes every answer to OUT/items/MODEL/TASK.jsonl, all figures to OUT/evaluation.json, and a page to judge by,
+    OUT/report.html. What an earlier, also an interrupted, evaluation in OUT has finished is not repeated.
     """
     from llm_streamline.report import evaluation_lines
-    from llm_streamline.scoring.evaluate import evaluate
+    from llm_streamline.run import evaluate
 
     found = evaluate(request, runtime)
-    _print(runtime.json_output, found, evaluation_lines(found))
+    _print(runtime.json_output, found, [*evaluation_lines(found), f"report    {runtime.output}/report.html"])
 
 
 def _print(as_json: bool, record: Record | dict[str, Any] | list[dict[str, str]], lines: list[Any]) -> None:

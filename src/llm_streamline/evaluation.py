@@ -1,13 +1,13 @@
-"""Request (what to evaluate) and Evaluation (what was found): a schema as Recipe is one, and the records it gives."""
+"""Request (what to evaluate), Evaluation (what was found) and Result (what `compress` hands back)."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
 from llm_streamline.recipe import Count, Schema, as_several
-from llm_streamline.records import Record, Stability
+from llm_streamline.records import Fit, LayerPlan, Record, Scores, Stability, Verification
 
 Interval = tuple[float, float]
 EXACT = "exact match"  # the metric of written tasks
@@ -25,15 +25,20 @@ class Request(Schema):
         (),
         description="Questions in a .jsonl file (id, query, choices, gold), the bundled suite quick, or, with "
         "llm-streamline[eval], the suite readme or paper or a task of lm-eval by name or .yaml file. Repeat it for "
-        "several. [default: quick, where no --text is given either]",
+        "several. [default: quick, where nothing else is asked for]",
     )
     text: Names = Field(
         (),
         description="Text to take the perplexity of: a .txt file, which is one document, or a .jsonl file with one per "
         "line in 'text'. Repeat it for several.",
     )
-    samples: bool = Field(False, description="Let the models write after a few prompts, to see whether they still can.")
-    speed: bool = Field(False, description="Measure speed and memory, the models taking turns.")
+    samples: bool = Field(
+        False, description="Let the models write after a few prompts, as in quick, to see whether they still can."
+    )
+    speed: bool = Field(False, description="Measure speed and memory, as in quick, the models taking turns.")
+    backend: Literal["hf", "vllm"] = Field(
+        "hf", description="What computes lm-eval's tasks: hf, which is transformers, or vllm, where it is installed."
+    )
     limit: Count | None = Field(None, description="Only the first so many questions of a task and documents of a text.")
     batch: Count | None = Field(None, description="Sequences per forward. [default: about 2048 tokens]")
     block: Count | None = Field(
@@ -49,7 +54,8 @@ class Request(Schema):
 class TaskScore(Record):
     """One model on one task.
 
-    `group` is the group of tasks that it belongs to, where it belongs to one.
+    `group` is the group of tasks that it belongs to, where it belongs to one; `note` says where a task of a suite is
+    asked otherwise than its name suggests. `written` is whether its answers are texts.
 
     `value` is the accuracy by summed log-likelihood (lm-eval's `acc`) with its Wilson interval, or else `metric`, a
     figure of lm-eval's own. `right_by_ppl` is the share of questions whose choice of lowest PPL is right, which is what
@@ -66,11 +72,13 @@ class TaskScore(Record):
     cut: int | None
     others: dict[str, float] | None = None
     group: str | None = None
+    note: str | None = None
+    written: bool = False
 
     @property
     def kept_items(self) -> bool:
         """Whether every item lies in items/."""
-        return self.measure is not None or self.metric == EXACT
+        return self.measure is not None or self.written
 
 
 class TextScore(Record):
@@ -94,21 +102,29 @@ class TextScore(Record):
 
 
 class GroupScore(Record):
-    """A group of tasks, such as the subjects of one examination: means in which every task weighs the same."""
+    """A group of tasks, such as the subjects of one examination: means in which every task weighs the same.
+
+    `value` is of `metric`, as in its tasks; `stability` is against the dense model, None for that model itself.
+    """
 
     group: str
+    metric: str
     tasks: int
     items: int
-    accuracy: float
+    value: float
     stability: float | None
 
 
 class Written(Record):
     """What one model wrote to a prompt, greedily; a prompt of a task has right `answers`, a sample has none.
 
-    `ended` is whether it ended by itself, by its end token or what ends an answer. `repeated` is the share of 4-grams
-    of tokens that came before in the same text, 0 in text that never repeats itself. `exact` is whether the text is one
-    of the answers but for case, punctuation and space; `rouge` is ROUGE-1, -2 and -L, the best over the answers.
+    `ended` is whether it ended by itself, by its end token or what ends an answer, which lm-eval does not tell.
+    `repeated` is the share of 4-grams of tokens that came before in the same text, 0 in text that never repeats itself.
+    `exact` is whether the text is one of the answers but for case, punctuation and space; `rouge` is ROUGE-1, -2 and
+    -L, the best over the answers.
+
+    Of lm-eval's tasks, `figures` are what its metrics say, and `exact` is the first exact_match among them where there
+    is one. A task that asks how likely a text is has no `text`; `exact` is whether the model would have written it.
     """
 
     task: str
@@ -116,11 +132,12 @@ class Written(Record):
     prompt: str
     text: str
     tokens: int
-    ended: bool
+    ended: bool | None
     repeated: float
     answers: list[str] | None = None
     exact: bool | None = None
     rouge: dict[str, float] | None = None
+    figures: dict[str, float | list[float]] | None = None
 
     @property
     def loops(self) -> bool:
@@ -128,7 +145,7 @@ class Written(Record):
 
     @property
     def early(self) -> bool:
-        return self.ended and self.tokens < EARLY
+        return bool(self.ended) and self.tokens < EARLY
 
 
 class Writing(Record):
@@ -208,6 +225,10 @@ class ModelScore(Record):
     timings: tuple[Timing, ...] = ()
     size: Size | None = None
 
+    def task(self, name: str) -> TaskScore:
+        """Errors: StopIteration for a task that was not asked."""
+        return next(one for one in self.tasks if one.task == name)
+
 
 class Evaluation(Record):
     """What `evaluate` hands back and writes as evaluation.json; `against` is a label.
@@ -220,3 +241,15 @@ class Evaluation(Record):
     warnings: tuple[str, ...] = ()
     command: str | None = None
     versions: dict[str, str] | None = None
+
+
+class Result(Record):
+    """What `compress` hands back; every part of it also lies in the run folder. No evaluation where none was asked."""
+
+    plan: LayerPlan
+    fit: Fit | None
+    scores: Scores
+    verification: Verification
+    model: str
+    report: str
+    evaluation: Evaluation | None

@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterator, Sequence
 from statistics import fmean
 
+from scipy import stats
+
 from llm_streamline import verdict
 from llm_streamline.comparison import CUT, SAVED, Unit, compared, dense_of, is_chosen, units
 from llm_streamline.evaluation import Evaluation, ModelScore, Timing
@@ -13,7 +15,6 @@ from llm_streamline.records import SIGNIFICANCE
 
 FINE = 0.95  # share of the accuracy that has to be kept to pass for undamaged
 WORSE_TEXT = 1.2  # times the dense model's perplexity
-WORSE_WRITING = 0.25  # more than the dense model's share, of loops, early ends or repetition
 FLIPPED = 0.1  # share of the answers
 HIDDEN = 0.5  # of the flips: accuracy that moves by less hides them
 
@@ -179,7 +180,13 @@ def writing(dense: ModelScore, model: ModelScore) -> Iterator[str]:
     for then, now, words in (
         (before.looping, after.looping, "of its samples go round in circles"),
         (before.early, after.early, "of its samples end at once"),
-        (before.repeated, after.repeated, "of what it writes repeats itself"),
     ):
-        if now - then >= WORSE_WRITING:
+        if _more((then, before.samples), (now, after.samples)):
             yield f"{now:.0%} {words} (dense: {then:.0%})"
+
+
+def _more(then: tuple[float, int], now: tuple[float, int]) -> bool:
+    """Whether the second share, of so many, is significantly above the first: Fisher's exact test, one-sided."""
+    (share, count), (later, of) = then, now
+    odd, even = round(later * of), round(share * count)
+    return bool(stats.fisher_exact([[odd, of - odd], [even, count - even]], "greater").pvalue < SIGNIFICANCE)

@@ -30,7 +30,7 @@ ONLY_COMPRESS = {
         "lr",
         "min_lr",
     ),
-    *("weight_decay", "warmup", "clip", "dtype", "preset", "dry_run", "tracker"),
+    *("weight_decay", "warmup", "clip", "dtype", "preset", "dry_run", "tracker", "tasks"),
 }
 NOT_EVALUATE = {"tracker", "dry_run", "models"}
 
@@ -106,15 +106,18 @@ def _parted(given: dict[str, Any], schema: type[Schema]) -> tuple[dict[str, Any]
     from llm_streamline.recipe import Runtime
 
     values = {key: value for key, value in given.items() if value not in (None, False, [])}
-    own = {Runtime.model_fields[k].alias or k: v for k, v in values.items() if k in Runtime.model_fields}
     wanted = {key: value for key, value in values.items() if key in schema.model_fields}
+    rest = {key: value for key, value in values.items() if key not in wanted}
+    own = {Runtime.model_fields[k].alias or k: v for k, v in rest.items() if k in Runtime.model_fields}
     return wanted, Runtime(**own).model_copy(update={"command": command_line()})
 
 
 def _options(schema: type[Schema], leave_out: set[str]) -> list[inspect.Parameter]:
     from llm_streamline.recipe import Runtime
 
-    names = [(one, name) for one in (schema, Runtime) for name in one.model_fields if name != "command"]
+    common = schema.model_fields.keys() & Runtime.model_fields.keys()  # which the schema has for its own purpose
+    names = [(schema, name) for name in schema.model_fields]
+    names += [(Runtime, name) for name in Runtime.model_fields if name not in {"command", *common}]
     return [_option(one, name) for one, name in names if name not in leave_out]
 
 

@@ -217,6 +217,11 @@ class Runtime(Schema):
         description="Number format to compute in; auto takes bfloat16 where the machine multiplies it fast.",
     )
     threads: int | None = Field(None, gt=0, description="CPU threads. [default: torch's choice]")
+    tasks: Annotated[tuple[str, ...], BeforeValidator(as_several)] = Field(
+        ("quick",),
+        description="What to ask the dense, the cut and the saved model in the end, as evaluate takes it, besides "
+        "questions of the run's own text; or none, to evaluate nothing. Repeat it for several. [default: quick]",
+    )
     tracker: str | None = Field(
         None,
         description="Also log the training curve to an accelerate tracker: tensorboard, wandb, trackio, ...",

@@ -310,23 +310,3 @@ class Inputs(Record):
 
     model: str
     data: dict[str, Any]
-
-
-class Accuracy(Record):
-    """Share of the demo's questions that the dense, the merely cut and the saved model answer rightly."""
-
-    questions: int
-    dense: float
-    deleted: float
-    replaced: float
-
-
-class Result(Record):
-    """What `compress` hands back; every part of it also lies in the run folder."""
-
-    plan: LayerPlan
-    fit: Fit | None
-    scores: Scores
-    verification: Verification
-    model: str
-    report: str

@@ -1,12 +1,13 @@
-"""Figures and tables of a run: what people would rather look at than read."""
+"""Tables and lines of a run and of an evaluation, for the terminal."""
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm_streamline.card import score_rows
-from llm_streamline.files import atomic
+from llm_streamline.findings import sentence, sentences
 from llm_streamline.records import (
     FEWEST_EFFECTIVE,
     SIGNIFICANCE,
@@ -20,12 +21,11 @@ from llm_streamline.records import (
 )
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
     from rich.table import Table
 
-    from llm_streamline.evaluation import Evaluation
+    from llm_streamline.evaluation import Evaluation, ModelScore
 
+MOST_OF_A_GROUP = 12  # tasks that the terminal lists one by one
 USUAL_SHARES = (0.125, 0.25, 0.375, 0.5)
 
 
@@ -119,6 +119,16 @@ def stability_lines(found: list[Stability]) -> list[str]:
     return lines
 
 
+def macro_lines(mean: dict[str, float], tasks: int) -> list[str]:
+    """The average over several tasks, each weighing the same."""
+    if tasks < 2:
+        return []
+    return [
+        f"macro average over {tasks} tasks: accuracy {mean['accuracy_before']:.3f} -> {mean['accuracy_after']:.3f}, "
+        f"stability {mean['stability']:.3f}, flips {mean['flips']:.3f}"
+    ]
+
+
 def evaluation_lines(found: Evaluation) -> list[str | Table]:
     """Accuracies, perplexities and, against the dense model, stability, each with what it is."""
     lines: list[str | Table] = []
@@ -126,24 +136,56 @@ def evaluation_lines(found: Evaluation) -> list[str | Table]:
         lines += [
             accuracy_table(found),
             "accuracy is by summed log-likelihood; by PPL is the share right that stability counts",
+            *dict.fromkeys(f"{task.task}: {task.note}" for one in found.models for task in one.tasks if task.note),
         ]
+    if any(one.groups for one in found.models):
+        lines += [group_table(found), "a group's figures are means in which every task of it weighs the same"]
     if any(one.texts for one in found.models):
         steps = {(text.block, text.stride, text.blocked) for one in found.models for text in one.texts}
         how = (
             f"{'blocked' if blocked else f'sliding by {stride}'}, {block} tokens" for block, stride, blocked in steps
         )
         lines += [perplexity_table(found), f"windows: {'; '.join(how)}; every token but a document's first counts once"]
+    if any(one.writing for one in found.models):
+        lines += [writing_table(found), "looping: over half of a sample's 4-grams are repeated; early: ended at once"]
+    if any(one.timings for one in found.models):
+        lines += [speed_table(found), *size_lines(found)]
     for one in found.models:
-        if one.stability:
+        shown = [task for task in one.stability or () if task.task not in _folded(one)]
+        if shown:
             lines.append(f"{one.label} against {found.against}; accuracy here is by PPL")
-            lines += [stability_table(one.stability), *stability_lines(one.stability)]
-    return lines
+            lines += [stability_table(shown), *stability_lines(shown)]
+    return [*lines, *sentences(found), *(f"warning: {one}" for one in found.warnings)]
+
+
+def kept_lines(found: Evaluation | None) -> list[str]:
+    """What a run's saved model, the last one, keeps, and what is not as it seems; nothing where nothing was asked."""
+    if found is None:
+        return []
+    return [f"kept      {sentence(found, found.models[-1])}", *(f"warning   {one}" for one in found.warnings)]
+
+
+def _folded(model: ModelScore) -> set[str]:
+    """Tasks that the terminal shows as their group only; evaluation.json has them all."""
+    size = Counter(task.group for task in model.tasks)
+    return {task.task for task in model.tasks if task.group and size[task.group] > MOST_OF_A_GROUP}
+
+
+def group_table(found: Evaluation) -> Table:
+    table = _table("model", "group", "tasks", "items", "mean", "stability")
+    for model in found.models:
+        for one in model.groups:
+            name = "" if one.metric == "accuracy" else f" {one.metric}"
+            stable = "" if one.stability is None else f"{one.stability:.3f}"
+            table.add_row(model.label, one.group, str(one.tasks), str(one.items), f"{one.value:.3f}{name}", stable)
+    return table
 
 
 def accuracy_table(found: Evaluation) -> Table:
     table = _table("model", "task", "items", "accuracy [95 %]", "by PPL", "cut")
     for model in found.models:
-        for one in model.tasks:
+        folded = _folded(model)
+        for one in (task for task in model.tasks if task.task not in folded):
             interval = "" if one.interval is None else f" [{one.interval[0]:.3f}, {one.interval[1]:.3f}]"
             by_ppl = "" if one.right_by_ppl is None else f"{one.right_by_ppl:.3f}"
             cut = "" if one.cut is None else str(one.cut)
@@ -168,6 +210,44 @@ def perplexity_table(found: Evaluation) -> Table:
     return table
 
 
+def writing_table(found: Evaluation) -> Table:
+    """How the models write to the same prompts."""
+    table = _table("model", "samples", "tokens", "repeated", "looping", "early", "unended")
+    for model in found.models:
+        if one := model.writing:
+            shares = (one.repeated, one.looping, one.early, one.unended)
+            table.add_row(model.label, str(one.samples), str(one.tokens), *(f"{share:.2f}" for share in shares))
+    return table
+
+
+def speed_table(found: Evaluation) -> Table:
+    """Tokens per second, and how many times the dense model's."""
+    table = _table("model", "batch", "prompt + new", "prefill, tokens/s", "x dense", "decode, tokens/s", "x dense")
+    for model in found.models:
+        for one in model.timings:
+            prefill, decode = (
+                "" if ratio is None or span is None else f"{ratio:.2f} [{span[0]:.2f}, {span[1]:.2f}]"
+                for ratio, span in (
+                    (one.prefill_ratio, one.prefill_interval),
+                    (one.decode_ratio, one.decode_interval),
+                )
+            )
+            load = (str(one.batch), f"{one.prompt} + {one.new}")
+            table.add_row(model.label, *load, f"{one.prefill:,.0f}", prefill, f"{one.decode:,.0f}", decode)
+    return table
+
+
+def size_lines(found: Evaluation) -> list[str]:
+    """Bytes of each model that was timed."""
+    lines = []
+    for model in found.models:
+        if one := model.size:
+            cache = "" if one.cache_per_token is None else f", {one.cache_per_token / 1024:,.1f} KiB of cache per token"
+            peak = "" if one.peak is None else f", {one.peak / 2**20:,.0f} MiB at most while writing"
+            lines.append(f"{model.label}: {one.weights / 2**20:,.1f} MiB of weights{cache}{peak}; {model.compute}")
+    return lines
+
+
 def _table(*columns: str) -> Table:
     from rich import box
     from rich.table import Table
@@ -176,114 +256,3 @@ def _table(*columns: str) -> Table:
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
     return table
-
-
-def draw_similarity(similarity: Similarity, path: Path, chosen: Window | None = None) -> None:
-    """The paper's Figure 2: cosine between each layer's input and output, with its standard error."""
-    figure, axes = _figure(width=7.0, height=3.6)
-    layers = range(similarity.num_layers)
-    cosines = similarity.of_layers()
-    errors = [similarity.error_of(Window(start=layer, stop=layer + 1)) for layer in layers]
-    if chosen is not None:
-        axes.axvspan(chosen.start - 0.5, chosen.stop - 0.5, color="tab:orange", alpha=0.25, label=f"window {chosen}")
-        axes.legend(loc="lower right")
-    axes.errorbar(layers, cosines, yerr=errors, marker="o", markersize=4, linewidth=1.2, capsize=2)
-    _name_outliers(axes, cosines)
-    axes.set(
-        xlabel="layer",
-        ylabel="cosine of its input and output",
-        title="How little each layer changes the hidden state",
-    )
-    axes.locator_params(axis="x", integer=True)
-    axes.grid(alpha=0.3)
-    _save(figure, path)
-
-
-def _name_outliers(axes: Axes, cosines: list[float]) -> None:
-    """Keep the axis where most layers are, and name those far below it (often the first layer)."""
-    middle = sorted(cosines)[len(cosines) // 2]
-    floor = middle - 4 * (max(cosines) - middle) - 0.02
-    outliers = [layer for layer, cosine in enumerate(cosines) if cosine < floor]
-    if not outliers:
-        return
-    low = min(cosine for cosine in cosines if cosine >= floor)
-    axes.set_ylim(low - 0.35 * (max(cosines) - low) - 0.005, None)
-    text = ", ".join(f"layer {layer}: {cosines[layer]:.2f}" for layer in outliers[:4])
-    axes.annotate(f"below the axis: {text}", xy=(0.18, 0.05), xycoords="axes fraction", fontsize=8)
-
-
-def draw_heat_map(similarity: Similarity, path: Path, chosen: Window | None = None) -> None:
-    """Cosine similarity of every window, by its first layer and its length."""
-    import numpy as np
-
-    count = similarity.num_layers
-    values = np.full((count, count), np.nan)
-    for length in range(1, count + 1):
-        for window in similarity.windows(length):
-            values[length - 1, window.start] = similarity.of(window)
-    figure, axes = _figure(width=6.2, height=5.2)
-    # the first layer's windows are often far from all others: the scale is theirs only where nothing else is left
-    floor = np.nanmin(values[:, 1:]) if count > 1 else None
-    extent = (-0.5, count - 0.5, 0.5, count + 0.5)
-    image = axes.imshow(values, origin="lower", aspect="auto", cmap="viridis", extent=extent, vmin=floor)
-    figure.colorbar(image, ax=axes, label="cosine", extend="min" if floor is not None else "neither")
-    if chosen is not None:
-        label = f"window {chosen}"
-        axes.plot(
-            chosen.start,
-            len(chosen),
-            marker="o",
-            markersize=11,
-            mfc="none",
-            mec="red",
-            mew=2,
-            ls="",
-            label=label,
-        )
-        axes.legend(loc="upper right")
-    axes.set(
-        xlabel="first layer of the window",
-        ylabel="layers in the window",
-        title="Similarity of every window's ends",
-    )
-    axes.locator_params(integer=True)
-    _save(figure, path)
-
-
-def draw_training(fit: Fit, path: Path) -> None:
-    """The paper's Figure 3: distillation loss over training, and the validation checks."""
-    figure, axes = _figure(width=7.0, height=3.6)
-    per_step = fit.tokens / fit.steps / 1e3
-    axes.plot([p.tokens / 1e3 for p in fit.curve], [p.loss for p in fit.curve], linewidth=1.0, label="training")
-    axes.plot(
-        [c.step * per_step for c in fit.validation],
-        [c.loss for c in fit.validation],
-        "o-",
-        label="validation",
-    )
-    axes.plot(fit.best_step * per_step, fit.validation_best, "*", markersize=13, color="tab:green", label="kept")
-    axes.set(
-        xlabel="thousand tokens",
-        ylabel=f"distillation loss ({fit.loss})",
-        title="Training the replacement",
-    )
-    losses = [fit.validation_before, fit.validation_best]
-    if max(losses) > 10 * min(losses):
-        axes.set_yscale("log")
-    axes.grid(alpha=0.3, which="both")
-    axes.legend()
-    _save(figure, path)
-
-
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.add_subplot()
-
-
-def _save(figure: Figure, path: Path) -> None:
-    with atomic(path) as temporary:
-        figure.savefig(temporary, format="png")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,27 +10,32 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from llm_streamline import report
+from llm_streamline import checkpoint, figures
 from llm_streamline.analyze import analyze
 from llm_streamline.assemble import Parts as ModelParts
 from llm_streamline.assemble import assemble
 from llm_streamline.card import CARD, is_licence, origin, source_files, write_card
 from llm_streamline.choose import check_protected, check_request, choose
 from llm_streamline.errors import UserError
-from llm_streamline.files import atomic, remove_leftovers
+from llm_streamline.evaluation import Evaluation, Request, Result
+from llm_streamline.files import atomic, remove_leftovers, sha256
 from llm_streamline.forward import substituted
 from llm_streamline.oracle import MANIFEST, versions
-from llm_streamline.page import PAGE, write_report
+from llm_streamline.page import PAGE, write_evaluation_report, write_report
 from llm_streamline.progress import say
 from llm_streamline.recipe import Recipe, Runtime
-from llm_streamline.records import Fit, Inputs, LayerPlan, Manifest, Result, Scores, Similarity, Verification
+from llm_streamline.records import Fit, Inputs, LayerPlan, Manifest, Scores, Similarity, Verification
 from llm_streamline.replacement import ReplacementLayers
+from llm_streamline.scoring.evaluate import evaluate as evaluate_request
+from llm_streamline.scoring.given import Task, open_tasks
+from llm_streamline.scoring.of_run import CUT, DENSE, SAVED, Standing, evaluate_run, own_questions
 from llm_streamline.scoring.perplexity import FORWARD_TOKENS as LOSS_TOKENS
 from llm_streamline.scoring.perplexity import next_token_loss
 from llm_streamline.text import shuffled
 from llm_streamline.train import Settings, Track, Trainer, rates
 from llm_streamline.workspace import RunFolder, Workspace, own_contents
 
+NO_TASKS = "none"
 FORWARD_TOKENS = 4096  # per batch, where nothing is trained
 
 
@@ -39,18 +45,12 @@ def compress(recipe: Recipe, runtime: Runtime | None = None) -> Result:
     Returns what lies in `runtime.output`. Errors: UserError before anything is written where the recipe cannot be
     followed; VerificationError where the result does not compute what it should.
     """
-    result = shorten(recipe, runtime or Runtime())
-    if not Path(result.report).exists():
-        write_report(Path(result.report).parent)
-    return result
-
-
-def shorten(recipe: Recipe, runtime: Runtime) -> Result:
-    """`compress` without its last stage, the report: `demo` has more to say in it."""
+    runtime = runtime or Runtime()
     folder = RunFolder.open(runtime.output, recipe)
     work = Workspace(recipe, runtime)
     check_all(work)
     check_inputs(work, folder)
+    tasks = tasks_to_ask(runtime)
     remove_leftovers(folder.path)
     similarity = folder.stage("similarity.json", Similarity, lambda: measure(work))
     folder.stage("inputs.json", Inputs, work.inputs)
@@ -60,9 +60,23 @@ def shorten(recipe: Recipe, runtime: Runtime) -> Result:
     fit = train_replacement(work, plan, folder)
     verification = assemble_model(work, plan, fit, similarity, folder)
     scores = folder.stage("scores.json", Scores, lambda: score(work, plan, folder))
-    publish_scores(scores, folder)
+    evaluation = evaluate_models(work, plan, tasks, folder)
+    publish_scores(scores, evaluation, folder)
+    if not folder.has(PAGE):
+        write_report(folder.path)
     places = {"model": str(folder.path / "model"), "report": str(folder.path / PAGE)}
-    return Result(plan=plan, fit=fit, scores=scores, verification=verification, **places)
+    return Result(plan=plan, fit=fit, scores=scores, verification=verification, evaluation=evaluation, **places)
+
+
+def evaluate(request: Request, runtime: Runtime) -> Evaluation:
+    """What models keep of the dense one, with every answer and a page in `runtime.output`.
+
+    Errors: UserError, before weights are loaded where it can.
+    """
+    found = evaluate_request(request, runtime)
+    assert runtime.output
+    write_evaluation_report(runtime.output)
+    return found
 
 
 def plan_only(recipe: Recipe, runtime: Runtime) -> LayerPlan:
@@ -135,9 +149,9 @@ def measure(work: Workspace) -> Similarity:
 
 def draw_choice(similarity: Similarity, plan: LayerPlan, folder: RunFolder) -> None:
     if not folder.has("similarity.png"):
-        report.draw_similarity(similarity, folder.file("similarity.png"), plan.window)
+        figures.draw_similarity(similarity, folder.file("similarity.png"), plan.window)
     if not folder.has("heat-map.png"):
-        report.draw_heat_map(similarity, folder.file("heat-map.png"), plan.window)
+        figures.draw_heat_map(similarity, folder.file("heat-map.png"), plan.window)
 
 
 def train_replacement(work: Workspace, plan: LayerPlan, folder: RunFolder) -> Fit | None:
@@ -160,7 +174,7 @@ def train_replacement(work: Workspace, plan: LayerPlan, folder: RunFolder) -> Fi
         fit = trainer.fit(training, work.parts.validation)
         temporary.mkdir()
         save_file(replacement.state_dict(), temporary / "replacement.safetensors")
-        report.draw_training(fit, temporary / "training.png")
+        figures.draw_training(fit, temporary / "training.png")
         fit.write(temporary / "fit.json")
     return fit
 
@@ -233,7 +247,44 @@ def score(work: Workspace, plan: LayerPlan, folder: RunFolder) -> Scores:
     return Scores(dense=dense, cut=cut, saved=saved)
 
 
-def publish_scores(scores: Scores, folder: RunFolder) -> None:
+def tasks_to_ask(runtime: Runtime) -> list[Task]:
+    """What is asked in the end, besides questions of the run's own text. Errors: UserError."""
+    return [task for given in runtime.tasks if given != NO_TASKS for task in open_tasks(given, None)]
+
+
+def evaluate_models(work: Workspace, plan: LayerPlan, tasks: list[Task], folder: RunFolder) -> Evaluation | None:
+    """Stage 6: the models' answers, writing and speed; None where nothing was to be asked."""
+    if NO_TASKS in work.runtime.tasks:
+        return None
+    blocks = work.parts.validation
+
+    def make() -> Evaluation:
+        own = own_questions(blocks, work.tokenizer, work.recipe.seed, folder.path)
+        return evaluate_run(standings(work, plan, folder), [*own, *tasks], blocks, folder.path, work.runtime)
+
+    return folder.stage("evaluation.json", Evaluation, make)
+
+
+def standings(work: Workspace, plan: LayerPlan, folder: RunFolder) -> dict[str, Standing]:
+    """The dense model, the same with its window left out unless that is what was saved, and the saved one."""
+    target = folder.path / "model"
+    dense, saved = (
+        checkpoint.fingerprint(work.source),
+        sha256(json.dumps(Manifest.read(target / MANIFEST).weights).encode()),
+    )
+    common = (work.compute, checkpoint.context_length(work.config), work.tokenizer)
+    found = {DENSE: Standing(work.recipe.model, dense, *common, lambda: work.model)}
+    if plan.occupied:
+        cut = sha256(dense.encode(), str(plan.plain_window).encode())
+        without = lambda: substituted(work.model, plan.plain_window)  # noqa: E731
+        found[CUT] = Standing(
+            f"{work.recipe.model} without {plan.plain_window}", cut, *common, lambda: work.model, without
+        )
+    found[SAVED] = Standing(str(target), saved, *common, lambda: work.load_saved(target, plan.custom_code))
+    return found
+
+
+def publish_scores(scores: Scores, evaluation: Evaluation | None, folder: RunFolder) -> None:
     """Into the model's card and manifest, each replaced as a whole.
 
     The manifest goes last: where it has the scores, the card has them too, however a run ended.
@@ -242,7 +293,7 @@ def publish_scores(scores: Scores, folder: RunFolder) -> None:
     manifest = Manifest.read(model / MANIFEST)
     if manifest.scores != scores or not (model / CARD).exists():
         manifest = manifest.model_copy(update={"scores": scores})
-        write_card(manifest, model)
+        write_card(manifest, model, evaluation)
         manifest.write(model / MANIFEST)
 
 
@@ -256,8 +307,8 @@ def analyze_model(recipe: Recipe, runtime: Runtime) -> tuple[Similarity, Path]:
     similarity = measure(work)
     remove_leftovers(folder)
     similarity.write(folder / "similarity.json")
-    report.draw_similarity(similarity, folder / "similarity.png")
-    report.draw_heat_map(similarity, folder / "heat-map.png")
+    figures.draw_similarity(similarity, folder / "similarity.png")
+    figures.draw_heat_map(similarity, folder / "heat-map.png")
     return similarity, folder
 
 

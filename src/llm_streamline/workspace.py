@@ -174,6 +174,11 @@ class Workspace:
     def compute_dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.bfloat16 else torch.float32
 
+    @property
+    def compute(self) -> str:
+        """What the model computes in, and where."""
+        return f"{str(self.compute_dtype).removeprefix('torch.')} on {self.device.partition(':')[0]}"
+
     def model_as_saved(self) -> PreTrainedModel:
         """The source on the CPU in float32, rounded to what the saved number format holds."""
         same = self.model.dtype == torch.float32 and self.dtype == self.checkpoint_dtype

@@ -8,28 +8,35 @@ from typing import TypeVar
 from llm_streamline.errors import UserError
 from llm_streamline.evaluation import EXACT, Evaluation, ModelScore, Request, Written
 from llm_streamline.files import TEMPORARY, remove_leftovers
+from llm_streamline.findings import warnings
 from llm_streamline.oracle import versions
 from llm_streamline.recipe import Runtime
+from llm_streamline.scoring.backend import check_vllm
 from llm_streamline.scoring.evaluator import Evaluator, Kept, kept_file
 from llm_streamline.scoring.given import Task, open_tasks
+from llm_streamline.scoring.groups import grouped
 from llm_streamline.scoring.items import Tasks, read_items
 from llm_streamline.scoring.prompts import bundled_openings
 from llm_streamline.scoring.stability import compare_tasks
 from llm_streamline.scoring.subject import Subject
+from llm_streamline.scoring.suites import DEFAULT
+from llm_streamline.scoring.tasks import HarnessTask
 from llm_streamline.scoring.texts import Text, read_text
 from llm_streamline.scoring.writing import compare_written
 
-OURS = {"items", "scores", "evaluation.json"}
+OURS = {"items", "scores", "evaluation.json", "report.html"}
 
 
 def evaluate(request: Request, runtime: Runtime) -> Evaluation:
     """What `llm-streamline evaluate` prints and writes. Errors: UserError, before weights are loaded where it can."""
+    if not request.models:
+        raise UserError("no MODEL was given; name a folder, a model of the Hub, or 'bundled'.")
     folder = _folder(runtime.output)
+    request = _with_default(request)
     tasks = _unique([task for given in request.tasks for task in open_tasks(given, request.limit)])
+    if request.backend == "vllm":
+        check_vllm(sum(isinstance(task, HarnessTask) for task in tasks))
     texts = _unique([read_text(Path(given), request.limit) for given in request.text])
-    if not request.models or not (tasks or texts or request.samples or request.speed):
-        what = "MODEL" if not request.models else "--tasks and no --text"
-        raise UserError(f"no {what} was given; name a model, and questions with --tasks or a text with --text.")
     subjects = _subjects(request, runtime)
     evaluators = [Evaluator(one, label, request, folder, runtime.quiet) for label, one in subjects.items()]
     for one in evaluators:
@@ -39,11 +46,26 @@ def evaluate(request: Request, runtime: Runtime) -> Evaluation:
     dense = next((label for label, one in subjects.items() if one.name == request.against), None)
     if request.speed:
         found = with_speed(found, evaluators, dense, runtime)
-    result = Evaluation(
-        against=dense, models=compared(found, dense, folder), command=runtime.command, versions=versions()
-    )
+    result = concluded(found, dense, folder, runtime)
     result.write(folder / "evaluation.json")
     return result
+
+
+def concluded(found: list[ModelScore], dense: str | None, folder: Path, runtime: Runtime) -> Evaluation:
+    """The scores compared with the dense model's, and where they contradict one another."""
+    plain = Evaluation(
+        against=dense, models=compared(found, dense, folder), command=runtime.command, versions=versions()
+    )
+    return plain.model_copy(update={"warnings": warnings(plain)})
+
+
+def _with_default(request: Request) -> Request:
+    """The suite quick where nothing was asked for; to it belong samples and speed."""
+    nothing = not (request.tasks or request.text or request.samples or request.speed)
+    tasks = (DEFAULT,) if nothing else request.tasks
+    quick = DEFAULT in tasks
+    more = {"tasks": tasks, "samples": request.samples or quick, "speed": request.speed or quick}
+    return request.model_copy(update=more)
 
 
 def _folder(path: Path | None) -> Path:
@@ -103,14 +125,17 @@ def with_speed(
                 measured.setdefault(dense, of_dense)
     return [
         one.model_copy(update={"timings": measured[one.label].timings, "size": measured[one.label].size})
+        if one.label in measured
+        else one
         for one in found
     ]
 
 
 def compared(found: list[ModelScore], dense: str | None, folder: Path) -> list[ModelScore]:
-    """The scores, with every other model's stability and flips against the dense one's items."""
+    """The scores, with every other model's stability and flips against the dense one's items, and with groups."""
     first = next((one for one in found if one.label == dense), None)
-    return [one if first is None or one is first else _against(first, one, folder) for one in found]
+    done = [one if first is None or one is first else _against(first, one, folder) for one in found]
+    return [one.model_copy(update={"groups": grouped(one)}) for one in done]
 
 
 def _against(dense: ModelScore, one: ModelScore, folder: Path) -> ModelScore:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from scipy import stats
 
@@ -15,6 +17,7 @@ from llm_streamline.files import sha256, write_text
 from llm_streamline.progress import say
 from llm_streamline.recipe import Runtime
 from llm_streamline.records import Item, Record
+from llm_streamline.scoring.backend import language_model
 from llm_streamline.scoring.given import Prompts, Questions, Task
 from llm_streamline.scoring.peak import process_peak
 from llm_streamline.scoring.prompts import Prompt
@@ -52,7 +55,7 @@ class Evaluator:
 
     def __init__(self, subject: Evaluated, label: str, request: Request, folder: Path, quiet: bool) -> None:
         self._subject, self.label, self._folder, self._quiet = subject, label, folder, quiet
-        self._limit, self._batch = request.limit, request.batch
+        self._limit, self._batch, self._backend = request.limit, request.batch, request.backend
         block = request.block or min(LARGEST_BLOCK, subject.context)
         if block > subject.context:
             raise UserError(f"--block {block} is longer than the context of {subject.name}, {subject.context} tokens.")
@@ -72,6 +75,7 @@ class Evaluator:
         predicted = [self._text(text) for text in texts]
         samples = self._samples(prompts) if prompts else ()
         one.release()
+        self.__dict__.pop("_language_model", None)  # which holds the weights too
         return ModelScore(
             label=self.label,
             model=one.name,
@@ -120,16 +124,18 @@ class Evaluator:
         items = kept_file(self._folder, "items", self.label, name)
         if kept and kept.made_of == made_of and (items.is_file() or not (kept.task and kept.task.kept_items)):
             return kept
-        say(f"{self.label}: {name}", self._quiet)
+        say(f"{self.label}: {name.lstrip('_')}", self._quiet)
         found = make()
         found.write(file)
         return found
 
     def _task(self, task: Task) -> TaskScore:
-        made_of = self._made_of(task.digest)
+        harness = isinstance(task, HarnessTask)
+        made_of = self._made_of(task.digest, *([self._backend] if harness else []))
         kept = self._keep(task.name, made_of, lambda: Kept(made_of=made_of, task=self._ask(task)))
         assert kept.task
-        return kept.task
+        about = {"group": task.group, "note": task.note} if isinstance(task, HarnessTask) else {}
+        return kept.task.model_copy(update=about)
 
     def _ask(self, task: Task) -> TaskScore:
         if isinstance(task, Questions):
@@ -164,13 +170,15 @@ class Evaluator:
         make = lambda: Kept(made_of=made_of, written=tuple(self._writes(prompts, SAMPLES)))  # noqa: E731
         return self._keep(f"_{SAMPLES}", made_of, make).written or ()
 
+    @cached_property
+    def _language_model(self) -> Any:
+        return language_model(self._subject, self._backend, self._batch)
+
     def _harness(self, task: HarnessTask) -> TaskScore:
-        found = run_harness(self._subject.model, self._subject.tokenizer, task, self._limit, self._batch)
-        others = {name: value for name, (value, _) in found.metrics.items()}
-        if found.items:
-            self._write(found.items)
-            return task_score(found.items).model_copy(update={"others": others})
-        return _figure(task.name, found)
+        found = run_harness(self._language_model, self._subject.tokenizer, task, self._limit, self._quiet)
+        if found.items or found.written:
+            self._write(found.items or found.written)
+        return harness_score(task.name, found)
 
     def _write(self, items: Sequence[Item] | Sequence[Written]) -> None:
         lines = "".join(item.model_dump_json() + "\n" for item in items)
@@ -201,7 +209,8 @@ def written_score(found: Sequence[Written]) -> TaskScore:
         right_by_ppl=None,
         measure=None,
         cut=None,
-        others={kind: fmean(rouge[kind] for rouge in rouges) for kind in rouges[0]},
+        others={kind: fmean(rouge[kind] for rouge in rouges) for kind in rouges[0]} if rouges else None,
+        written=True,
     )
 
 
@@ -225,13 +234,20 @@ def _wilson(right: int, count: int) -> Interval:
     return float(interval.low), float(interval.high)
 
 
-def _figure(name: str, found: Answers) -> TaskScore:
-    """The first of lm-eval's own figures, and the others by name. Errors: UserError where there is none."""
+def harness_score(name: str, found: Answers) -> TaskScore:
+    """Accuracy where there are items, exact match where that is the task's first metric, else its first figure.
+
+    lm-eval's own figures are beside it. Errors: UserError where it gives none.
+    """
     if not found.metrics:
         raise UserError(f"task {name} gives no figure; give a task that has a metric.")
+    others = {key: value for key, (value, _) in found.metrics.items()}
+    if found.items:
+        return task_score(found.items).model_copy(update={"others": others})
     metric, (value, error) = next(iter(found.metrics.items()))
+    if found.written and metric.startswith("exact_match,"):
+        return written_score(found.written).model_copy(update={"others": others})
     interval: Interval | None = None if error is None else (value - 1.96 * error, value + 1.96 * error)
-    others = {key: number for key, (number, _) in found.metrics.items() if key != metric}
     return TaskScore(
         task=name,
         metric=metric,
@@ -241,5 +257,6 @@ def _figure(name: str, found: Answers) -> TaskScore:
         right_by_ppl=None,
         measure=None,
         cut=None,
-        others=others,
+        others={key: number for key, number in others.items() if key != metric},
+        written=bool(found.written),
     )

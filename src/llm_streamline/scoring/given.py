@@ -1,4 +1,4 @@
-"""What --tasks names -> tasks to ask: a .jsonl of our own, a task of lm-eval by name or .yaml."""
+"""What --tasks names -> tasks to ask: a suite, a .jsonl of our own, a task of lm-eval by name or .yaml."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from llm_streamline.errors import UserError
 from llm_streamline.files import sha256
 from llm_streamline.scoring.prompts import Prompt, read_prompts
 from llm_streamline.scoring.questions import Question, check_questions, read_rows
+from llm_streamline.scoring.suites import members
 from llm_streamline.scoring.tasks import YAML, HarnessTask, open_harness
 from llm_streamline.scoring.writing import check_rouge
 
@@ -35,7 +36,12 @@ class Prompts:
 Task = Questions | Prompts | HarnessTask
 
 
-def open_tasks(given: str, limit: int | None) -> Sequence[Task]:
+def open_tasks(given: str, limit: int | None) -> list[Task]:
+    """All tasks of a suite, a file or a name. Errors: UserError for what is no task."""
+    return [task for member in members(given) for task in _open(member, limit)]
+
+
+def _open(given: str, limit: int | None) -> Sequence[Task]:
     path = Path(given)
     if path.suffix == ".jsonl":
         if not path.is_file():

@@ -18,7 +18,6 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llm_streamline.checkpoint import context_length
 from llm_streamline.errors import UserError, reason
 from llm_streamline.progress import progress
 from llm_streamline.records import Item
@@ -172,16 +171,3 @@ def _item(question: Question, rows: Sequence[Row], losses: Sequence[Tensor], tas
         log_likelihoods=[-float(loss[-row.choice :].double().sum()) for loss, row in zip(losses, rows, strict=True)],
         choice_bytes=[len(text.encode()) for text in question.continuations()],
     )
-
-
-def accuracy(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    questions: Sequence[Question],
-    title: str,
-    quiet: bool = False,
-) -> float:
-    """Share of questions whose gold choice has the highest summed log-likelihood after the query."""
-    rows = encode(tokenizer, questions, context_length(model.config))
-    items = answers(model, questions, rows, f"the demo, to {title}", quiet=quiet)
-    return sum(bool(item.likeliest_right) for item in items) / len(items)

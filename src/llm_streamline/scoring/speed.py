@@ -16,11 +16,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llm_streamline.evaluation import Interval, Size, Timing
-from llm_streamline.progress import progress
+from llm_streamline.progress import progress, say
 
 BATCHES = (1, 8)
 PROMPT, NEW = 512, 32  # tokens, where the context leaves room for them
-FEWEST, MOST, SECONDS = 5, 40, 6.0  # rounds, and about how long all of one batch size may take
+FEWEST, MOST, SECONDS = 3, 40, 6.0  # rounds, and about how long all of one batch size may take
+SLOW = 60.0  # seconds for one round of all models: where more is to be expected, a larger batch is left out
 
 
 @dataclass(frozen=True)
@@ -66,13 +67,15 @@ def _now(model: PreTrainedModel) -> float:
     return time.perf_counter()
 
 
-def take_turns(models: Sequence[PreTrainedModel], load: Load, title: str, quiet: bool = False) -> list[list[Round]]:
+def take_turns(
+    models: Sequence[PreTrainedModel], load: Load, title: str, quiet: bool = False, rounds: int | None = None
+) -> list[list[Round]]:
     """Rounds of each model, one unmeasured first; who begins changes from round to round."""
     begun = time.perf_counter()
     for model in models:
         one_round(model, load)
     expected = (time.perf_counter() - begun) or 1e-6
-    count = int(min(MOST, max(FEWEST, SECONDS / expected)))
+    count = rounds or int(min(MOST, max(FEWEST, SECONDS / expected)))
     found: list[list[Round]] = [[] for _ in models]
     with progress(f"speed of {title}, batch {load.batch}", count, quiet) as advance:
         for turn in range(count):
@@ -84,10 +87,18 @@ def take_turns(models: Sequence[PreTrainedModel], load: Load, title: str, quiet:
 
 
 def timings(models: Sequence[PreTrainedModel], context: int, title: str, quiet: bool = False) -> list[list[Timing]]:
-    """Per model a Timing per batch size, with ratios to the first model, which has none itself."""
+    """Per model a Timing per batch size, with ratios to the first model, which has none itself.
+
+    A batch size that would take minutes a round is left out, which is said.
+    """
     found: list[list[Timing]] = [[] for _ in models]
+    expected = 0.0
     for load in loads(context):
+        if expected * load.batch > SLOW:
+            say(f"speed at batch {load.batch} is left out: one round would take {expected * load.batch:.0f} s", quiet)
+            break
         rounds = take_turns(models, load, title, quiet)
+        expected = sum(median(map(sum, own)) for own in rounds) / load.batch
         for number, own in enumerate(rounds):
             found[number].append(_timing(load, own, rounds[0] if number else None))
     return found

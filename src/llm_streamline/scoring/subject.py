@@ -57,9 +57,7 @@ class Subject:
         self.tokenizer = checkpoint.load_tokenizer(self._work.source, self.config.vocab_size)
         checkpoint.check_weights(self._work.source)
         self.fingerprint = checkpoint.fingerprint(self._work.source)
-        self.compute = (
-            str(self._work.compute_dtype).removeprefix("torch.") + f" on {self._work.device.partition(':')[0]}"
-        )
+        self.compute = self._work.compute
 
     def _config(self) -> PretrainedConfig:
         return AutoConfig.from_pretrained(self.path, trust_remote_code=True) if self._own_code else self._work.config

@@ -136,7 +136,7 @@ def summarize(samples: Sequence[Written]) -> Writing:
         tokens=sum(one.tokens for one in samples),
         repeated=fmean(one.repeated for one in samples),
         looping=fmean(one.repeated > LOOPING for one in samples),
-        early=fmean(one.ended and one.tokens < EARLY for one in samples),
+        early=fmean(bool(one.ended) and one.tokens < EARLY for one in samples),
         unended=fmean(not one.ended for one in samples),
     )
 

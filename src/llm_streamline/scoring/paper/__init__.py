@@ -1,0 +1,1 @@
+"""The sets of the paper that lm-eval lacks, as its task files: `lm_eval --tasks FILE.yaml` takes them too."""
