@@ -98,6 +98,27 @@ def test_texts_stand_below_one_another_with_their_ratio():
     ]
 
 
+def test_columns_in_which_nothing_stands_are_left_out():
+    found = pair(before={"texts": [text()]}, after={"texts": [text()]})
+    assert "to dense" in tables.texts(found).head
+    alone = found.model_copy(update={"against": None})
+    assert "to dense" not in tables.texts(alone).head and len(tables.texts(alone).rows[0]) == 6
+    assert tables.overview(of_groups()).head == ["model", "accuracy", "kept", "stability", "flipped"]
+
+
+def test_models_stand_below_one_another_task_by_task():
+    rows = tables.answers(of_groups()).rows
+    assert [row[:2] for row in rows[:3]] == [["law", "one"], ["law", "two"], ["art", "one"]]
+
+
+def test_a_group_that_a_model_was_not_asked_whole_is_not_its():
+    first, one, two = of_groups().models
+    part = two.model_copy(update={"tasks": two.tasks[1:], "stability": two.stability[1:]})
+    (row,) = scoreboard.board(Evaluation(against="big", models=[first, one, part])).accuracy
+    assert [bar.label for bar in row.bars] == ["big", "one"]
+    assert [bar.label for bar in row.members[1].bars] == ["big", "one", "two"]
+
+
 def test_figures_of_another_kind_have_a_table():
     one = task("summaries", metric="rouge1,none").model_copy(update={"others": {"bleu": 12.345}})
     found = Evaluation(against=None, models=[model("a", [one]), model("b", [task("summaries", metric="rouge1,none")])])

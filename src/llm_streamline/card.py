@@ -176,7 +176,7 @@ def _asked(evaluation: Evaluation | None) -> list[Unit]:
 def said(evaluation: Evaluation | None) -> list[str]:
     """The saved model against the dense one in a sentence, and what one is warned of."""
     saved = evaluation and saved_of(evaluation)
-    return [findings.sentence(evaluation, saved), *()] if evaluation and saved else []
+    return [findings.sentence(evaluation, saved), *evaluation.warnings] if evaluation and saved else []
 
 
 def task_rows(evaluation: Evaluation | None) -> list[tuple[str, ...]]:

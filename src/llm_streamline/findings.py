@@ -16,6 +16,7 @@ from llm_streamline.records import SIGNIFICANCE
 FINE = 0.95  # share of the accuracy that has to be kept to pass for undamaged
 WORSE_TEXT = 1.2  # times the dense model's perplexity
 FLIPPED = 0.1  # share of the answers
+_OVERFLOWS = 700  # nats
 HIDDEN = 0.5  # of the flips: accuracy that moves by less hides them
 
 
@@ -129,7 +130,8 @@ def perplexities(dense: ModelScore, model: ModelScore) -> Iterator[tuple[str, fl
     for one in model.texts:
         if one.text in before:
             excess = one.nats - before[one.text]
-            yield one.text, before[one.text], one.nats, math.exp(excess) if excess < 700 else math.inf
+            ratio = math.exp(excess) if excess < _OVERFLOWS else math.inf  # of nan too
+            yield one.text, before[one.text], one.nats, ratio
 
 
 def warnings(found: Evaluation) -> tuple[str, ...]:
@@ -159,7 +161,7 @@ def seems_fine(asked: Sequence[Unit]) -> str:
 
 def objections(dense: ModelScore, model: ModelScore, asked: Sequence[Unit]) -> Iterator[str]:
     for name, before, after, ratio in perplexities(dense, model):
-        if not ratio <= WORSE_TEXT:  # also true of nan
+        if ratio > WORSE_TEXT:
             figures = f"{verdict.perplexity(after)} against {verdict.perplexity(before)}"
             yield f"its perplexity on {name} is {times(ratio)} the dense model's ({figures})"
     yield from writing(dense, model)

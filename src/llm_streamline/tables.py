@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import TypeVar
 
 from llm_streamline import verdict
@@ -39,7 +40,10 @@ class Table:
 
 
 def _table(head: str, rows: list[list[str]], faint: Sequence[int] = (), names: int = 2) -> Table | None:
-    return Table(head.split("|"), rows, frozenset(faint), names) if rows else None
+    """Without the columns in which nothing stands; None where there are no lines."""
+    kept = [any(values) for values in zip(*rows, strict=True)]
+    lines = [list(compress(row, kept)) for row in rows]
+    return Table(list(compress(head.split("|"), kept)), lines, frozenset(faint), names) if rows else None
 
 
 def overview(found: Evaluation) -> Table | None:
