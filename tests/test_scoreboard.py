@@ -61,6 +61,13 @@ def test_groups_hold_their_tasks():
     assert len(row.members) == 3 and row.bars[0].whisker[0] > row.members[0].bars[0].whisker[0]
 
 
+def test_a_group_of_two_metrics_is_two_and_notes_are_told():
+    both = [task("a", group="suite"), task("b", metric="exact match", group="suite").model_copy(update={"note": "new"})]
+    rows = scoreboard.board(Evaluation(against=None, models=[model("x", both)])).accuracy
+    assert [row.name for row in rows] == ["suite (accuracy)", "suite (exact match)"]
+    assert [member.note for row in rows for member in row.members] == ["100 items", "100 items, exact match; new"]
+
+
 def test_speed_bars_share_one_scale_and_the_dense_model_is_the_mark():
     found = pair(after={"timings": (timing(8, 0.9), timing(1, 1.3))}, before={"timings": (timing(1), timing(8))})
     rows = scoreboard.board(found).speed

@@ -146,10 +146,13 @@ def saved_of(found: Evaluation) -> ModelScore | None:
 
 
 def gathered(tasks: Scored) -> dict[str, list[TaskScore]]:
-    """Tasks by the name of their group, or by their own, in their order."""
+    """Tasks by the name of their group, or by their own, in their order; of one metric each."""
+    metrics = {one.group: {other.metric for other in tasks if other.group == one.group} for one in tasks if one.group}
     groups: dict[str, list[TaskScore]] = {}
     for one in tasks:
-        groups.setdefault(one.group or one.task, []).append(one)
+        name = one.group or one.task
+        several = len(metrics.get(one.group, ())) > 1
+        groups.setdefault(f"{name} ({one.metric})" if several else name, []).append(one)
     return groups
 
 

@@ -153,7 +153,9 @@ def _note(scores: Scored) -> str:
     several = f"mean of {len(scores)} tasks, " if len(scores) > 1 else ""
     metric = "" if scores[0].metric == "accuracy" else f", {scores[0].metric}"
     lost = sum(one.cut or 0 for one in scores)
-    return f"{several}{items}{metric}" + (f", {lost:,} cut at the front" if lost else "")
+    cut = f", {lost:,} cut at the front" if lost else ""
+    otherwise = f"; {scores[0].note}" if len(scores) == 1 and scores[0].note else ""
+    return f"{several}{items}{metric}{cut}{otherwise}"
 
 
 def _bar(label: str, kind: str, value: float, ends: Interval | None, longest: float = 1.0, unit: str = "") -> Bar:
