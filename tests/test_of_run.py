@@ -109,6 +109,12 @@ def test_an_unknown_task_is_refused_before_anything_is_done(made, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_file_named_as_the_runs_own_questions_is_refused(made, tmp_path):
+    recipe, runtime, _ = made
+    with pytest.raises(UserError, match="rename the file"):
+        run.compress(recipe, Runtime(output=tmp_path / "run", quiet=True, tasks=(str(runtime.output / OWN),)))
+
+
 def test_continuation_questions_by_hand():
     tokenizer = tiny.make_tokenizer()
     text = "".join(f"sentence {number:03d} goes on and on; " for number in range(200))

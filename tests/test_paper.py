@@ -220,7 +220,7 @@ def test_every_other_name_is_a_task_of_lm_eval():
     assert not set(OURS) & set(known.all_tasks), "one name is one task"
     assert {"mmlu", "cmmlu"} <= set(known.all_groups)
     with pytest.raises(UserError, match=r"arc_challenge needs data that could not be fetched .*'allenai/ai2_arc'"):
-        open_tasks("readme", None)
+        open_tasks(["readme"], None)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -228,5 +228,5 @@ def test_data_that_cannot_be_fetched_are_named_in_one_sentence():
     with pytest.raises(
         UserError, match=r"'clue/clue'.*; run it once where there is a network, or leave it out"
     ) as caught:
-        open_tasks("paper", None)
+        open_tasks(["paper"], None)
     assert "\n" not in str(caught.value)

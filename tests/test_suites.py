@@ -72,7 +72,7 @@ def test_bundled_openings_are_several_and_not_short():
 
 def test_the_bundled_suites_name_stands_for_its_tasks(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)  # which it does not need
-    found = open_tasks("quick", 2)
+    found = open_tasks(["quick"], 2)
     assert [task.name for task in found] == ["quick-continuation", "quick-grammar", "quick-facts"]
     assert [len(task.questions) for task in found] == [2, 2, 2]
 

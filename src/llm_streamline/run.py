@@ -28,7 +28,7 @@ from llm_streamline.records import Fit, Inputs, LayerPlan, Manifest, Scores, Sim
 from llm_streamline.replacement import ReplacementLayers
 from llm_streamline.scoring.evaluate import evaluate as evaluate_request
 from llm_streamline.scoring.given import Task, open_tasks
-from llm_streamline.scoring.of_run import CUT, DENSE, SAVED, Standing, evaluate_run, own_questions
+from llm_streamline.scoring.of_run import CUT, DENSE, OWN, SAVED, Standing, evaluate_run, own_questions
 from llm_streamline.scoring.perplexity import FORWARD_TOKENS as LOSS_TOKENS
 from llm_streamline.scoring.perplexity import next_token_loss
 from llm_streamline.text import shuffled
@@ -249,7 +249,10 @@ def score(work: Workspace, plan: LayerPlan, folder: RunFolder) -> Scores:
 
 def tasks_to_ask(runtime: Runtime) -> list[Task]:
     """What is asked in the end, besides questions of the run's own text. Errors: UserError."""
-    return [task for given in runtime.tasks if given != NO_TASKS for task in open_tasks(given, None)]
+    tasks = open_tasks([given for given in runtime.tasks if given != NO_TASKS], None)
+    if any(task.name == Path(OWN).stem for task in tasks):
+        raise UserError(f"--tasks names a task {Path(OWN).stem}, as the run's own questions are; rename the file.")
+    return tasks
 
 
 def evaluate_models(work: Workspace, plan: LayerPlan, tasks: list[Task], folder: RunFolder) -> Evaluation | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TypeVar
 
 from llm_streamline.errors import UserError
 from llm_streamline.evaluation import EXACT, Evaluation, ModelScore, Request, Written
@@ -13,7 +12,7 @@ from llm_streamline.oracle import versions
 from llm_streamline.recipe import Runtime
 from llm_streamline.scoring.backend import check_vllm
 from llm_streamline.scoring.evaluator import Evaluator, Kept, kept_file
-from llm_streamline.scoring.given import Task, open_tasks
+from llm_streamline.scoring.given import open_tasks, unique
 from llm_streamline.scoring.groups import grouped
 from llm_streamline.scoring.items import Tasks, read_items
 from llm_streamline.scoring.prompts import bundled_openings
@@ -21,7 +20,7 @@ from llm_streamline.scoring.stability import compare_tasks
 from llm_streamline.scoring.subject import Subject
 from llm_streamline.scoring.suites import DEFAULT
 from llm_streamline.scoring.tasks import HarnessTask
-from llm_streamline.scoring.texts import Text, read_text
+from llm_streamline.scoring.texts import read_text
 from llm_streamline.scoring.writing import compare_written
 
 OURS = {"items", "scores", "evaluation.json", "report.html"}
@@ -33,10 +32,10 @@ def evaluate(request: Request, runtime: Runtime) -> Evaluation:
         raise UserError("no MODEL was given; name a folder, a model of the Hub, or 'bundled'.")
     folder = _folder(runtime.output)
     request = _with_default(request)
-    tasks = _unique([task for given in request.tasks for task in open_tasks(given, request.limit)])
+    tasks = open_tasks(request.tasks, request.limit)
     if request.backend == "vllm":
         check_vllm(sum(isinstance(task, HarnessTask) for task in tasks))
-    texts = _unique([read_text(Path(given), request.limit) for given in request.text])
+    texts = unique([read_text(Path(given), request.limit) for given in request.text])
     subjects = _subjects(request, runtime)
     evaluators = [Evaluator(one, label, request, folder, runtime.quiet) for label, one in subjects.items()]
     for one in evaluators:
@@ -77,17 +76,6 @@ def _folder(path: Path | None) -> Path:
         if {name for name in names if not name.startswith(TEMPORARY)} - OURS:
             raise UserError(f"-o {path} holds other things than an evaluation; give a folder that is new or empty.")
     return path
-
-
-N = TypeVar("N", Task, Text)
-
-
-def _unique(found: list[N]) -> list[N]:
-    names = [one.name for one in found]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice:
-        raise UserError(f"two tasks or two texts are named {twice}; rename a file, or give each once.")
-    return found
 
 
 def _subjects(request: Request, runtime: Runtime) -> dict[str, Subject]:

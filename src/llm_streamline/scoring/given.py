@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 from llm_streamline.errors import UserError
 from llm_streamline.files import sha256
@@ -36,9 +37,10 @@ class Prompts:
 Task = Questions | Prompts | HarnessTask
 
 
-def open_tasks(given: str, limit: int | None) -> list[Task]:
-    """All tasks of a suite, a file or a name. Errors: UserError for what is no task."""
-    return [task for member in members(given) for task in _open(member, limit)]
+def open_tasks(given: Sequence[str], limit: int | None) -> list[Task]:
+    """All tasks of suites, files and names; what two suites share, once. Errors: UserError for what is no task."""
+    asked = dict.fromkeys(member for name in given for member in members(name))
+    return unique([task for member in asked for task in _open(member, limit)])
 
 
 def _open(given: str, limit: int | None) -> Sequence[Task]:
@@ -60,3 +62,20 @@ def open_jsonl(path: Path, limit: int | None) -> Questions | Prompts:
         check_rouge()
         return Prompts(path.stem, digest, read_prompts(path, rows)[:limit])
     return Questions(path.stem, digest, check_questions(path, rows)[:limit])
+
+
+class Named(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+N = TypeVar("N", bound=Named)
+
+
+def unique(found: list[N]) -> list[N]:
+    """The same list. Errors: UserError where two have one name, and so one file of items."""
+    names = [one.name for one in found]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice:
+        raise UserError(f"two tasks or two texts are named {twice}; rename a file, or give each once.")
+    return found
