@@ -151,7 +151,7 @@ def gathered(tasks: Scored) -> dict[str, list[TaskScore]]:
     groups: dict[str, list[TaskScore]] = {}
     for one in tasks:
         name = one.group or one.task
-        several = len(metrics.get(one.group, ())) > 1
+        several = len(metrics.get(one.group or "", ())) > 1
         groups.setdefault(f"{name} ({one.metric})" if several else name, []).append(one)
     return groups
 
