@@ -40,8 +40,13 @@ def test_without_a_task_that_ranks_it_is_the_text_that_speaks():
     assert findings.sentences(Evaluation(against="dense", models=[dense, saved])) == [
         "x has 1.11 times the perplexity on stories."
     ]
+    dense, saved = (one.model_copy(update={"texts": [], "size": size()}) for one in (dense, saved))
+    saved = saved.model_copy(update={"size": size(3_000_000)})
+    assert findings.sentences(Evaluation(against="dense", models=[dense, saved])) == [
+        "x cannot be judged by accuracy (the dense model is at chance), 25% fewer bytes."
+    ]
     nothing = Evaluation(against="dense", models=[model("dense"), model("x")])
-    assert findings.sentences(nothing) == ["x was not compared with anything that ranks."]
+    assert findings.sentences(nothing) == ["x was asked nothing that ranks."]
     assert findings.sentences(nothing.model_copy(update={"against": None})) == []
 
 

@@ -42,14 +42,13 @@ def sentence(found: Evaluation, model: ModelScore) -> str:
         raise ValueError("nothing to compare with")
     asked = units(found, model)
     parts = [
-        kept_accuracy(asked) or kept_text(dense, model),
+        kept_accuracy(asked) or kept_text(dense, model) or unknown(asked),
         *steadiness(asked),
         *written(asked),
         *speed(model),
         *weight(dense, model),
     ]
-    told = ", ".join(part for part in parts if part)
-    return f"{capital(called(model.label))} {told or 'was not compared with anything that ranks'}."
+    return f"{capital(called(model.label))} {', '.join(parts)}."
 
 
 def ranking(asked: Sequence[Unit]) -> list[Unit]:
@@ -78,6 +77,12 @@ def kept_accuracy(asked: Sequence[Unit]) -> str:
     over = f" over {len(counted)} tasks" if len(counted) > 1 else ""
     above = f"; {(after - chance) / (before - chance):.0%} above chance" if chance else ""
     return f"keeps {after / before:.0%} of the dense model's accuracy ({after:.2f} of {before:.2f}{over}{above})"
+
+
+def unknown(asked: Sequence[Unit]) -> str:
+    """What is said where neither accuracy nor perplexity says anything."""
+    guessed = any(is_chosen(unit.dense) for unit in asked)
+    return "cannot be judged by accuracy (the dense model is at chance)" if guessed else "was asked nothing that ranks"
 
 
 def kept_text(dense: ModelScore, model: ModelScore) -> str:
