@@ -242,7 +242,7 @@ def refused(capsys, words: str, *arguments: str) -> None:
         ("MODEL --tasks nothing.jsonl -o out", "nothing.jsonl is no file here"),
         ("MODEL --tasks nothing.yaml -o out", "nothing.yaml is no file here|needs lm-eval"),
         ("MODEL --tasks TEXT -o out", "line 1, has no id and no query"),
-        ("MODEL --tasks Q --tasks Q -o out", "are named q"),
+        ("MODEL --tasks Q --tasks full/q.jsonl -o out", "are named q"),
         ("MODEL --text Q -o out", "line 1, has no 'text'"),
         ("MODEL --text nothing.txt -o out", "nothing.txt is no .txt or .jsonl file"),
         ("MODEL --tasks Q --block 500 -o out", "--block 500 is longer than the context"),
@@ -262,6 +262,7 @@ def test_what_cannot_be_evaluated_is_refused_before_weights_are_loaded(
     monkeypatch.setattr("llm_streamline.checkpoint.load_model", None)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "else").write_text("")
+    shutil.copy(inputs[0], tmp_path / "full")
     coded = shutil.copytree(models[0], tmp_path / "coded")
     config = json.loads((coded / "config.json").read_text())
     (coded / "config.json").write_text(json.dumps({**config, "model_type": "streamlined_llama"}))

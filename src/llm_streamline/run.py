@@ -16,6 +16,7 @@ from llm_streamline.assemble import Parts as ModelParts
 from llm_streamline.assemble import assemble
 from llm_streamline.card import CARD, is_licence, origin, source_files, write_card
 from llm_streamline.choose import check_protected, check_request, choose
+from llm_streamline.comparison import CUT, SAVED
 from llm_streamline.errors import UserError
 from llm_streamline.evaluation import Evaluation, Request, Result
 from llm_streamline.files import atomic, remove_leftovers, sha256
@@ -28,7 +29,7 @@ from llm_streamline.records import Fit, Inputs, LayerPlan, Manifest, Scores, Sim
 from llm_streamline.replacement import ReplacementLayers
 from llm_streamline.scoring.evaluate import evaluate as evaluate_request
 from llm_streamline.scoring.given import Task, open_tasks
-from llm_streamline.scoring.of_run import CUT, DENSE, OWN, SAVED, Standing, evaluate_run, own_questions
+from llm_streamline.scoring.of_run import DENSE, OWN, Standing, evaluate_run, own_questions
 from llm_streamline.scoring.perplexity import FORWARD_TOKENS as LOSS_TOKENS
 from llm_streamline.scoring.perplexity import next_token_loss
 from llm_streamline.text import shuffled

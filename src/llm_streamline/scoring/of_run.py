@@ -12,6 +12,7 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from llm_streamline.comparison import CUT
 from llm_streamline.evaluation import Evaluation, Request
 from llm_streamline.files import write_text
 from llm_streamline.recipe import Runtime
@@ -22,7 +23,7 @@ from llm_streamline.scoring.given import Task, open_jsonl
 from llm_streamline.scoring.prompts import own_openings
 from llm_streamline.scoring.subject import digest
 
-DENSE, CUT, SAVED = "dense", "cut", "saved"
+DENSE = "dense"
 OWN = "own-text.jsonl"
 SAMPLES, OPENING = 12, 32  # samples, and tokens of each opening
 

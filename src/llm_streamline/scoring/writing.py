@@ -22,8 +22,6 @@ from llm_streamline.scoring.prompts import Prompt
 from llm_streamline.scoring.stability import paired_interval
 
 GRAM = 4
-LOOPING = 0.5  # share of repeated 4-grams above which a text goes round in circles
-EARLY = 8  # tokens: a sample that ends before has hardly begun
 _EDGES = re.compile(r"^[\W_]+|[\W_]+$")
 
 
@@ -135,8 +133,8 @@ def summarize(samples: Sequence[Written]) -> Writing:
         samples=len(samples),
         tokens=sum(one.tokens for one in samples),
         repeated=fmean(one.repeated for one in samples),
-        looping=fmean(one.repeated > LOOPING for one in samples),
-        early=fmean(bool(one.ended) and one.tokens < EARLY for one in samples),
+        looping=fmean(one.loops for one in samples),
+        early=fmean(one.early for one in samples),
         unended=fmean(not one.ended for one in samples),
     )
 
