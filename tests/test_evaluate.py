@@ -146,7 +146,8 @@ def test_windows_predict_every_token_but_the_first_once(block, stride):
     assert [token for window in some for token in window.ids[-window.new :]] == ids[1:]
     assert all(len(window.ids) <= block and len(window.ids) > window.new for window in some)
     if stride:
-        assert all(len(window.ids) == block and window.new <= stride for window in some[1:])
+        assert all(len(window.ids) == block and window.new <= stride for window in some[1:-1])
+    assert [window.ids[0] for window in some] == [number * stride_of(block, stride) for number in range(len(some))]
     assert not windows(0, [7], block, 3)
 
 
@@ -168,14 +169,25 @@ def test_perplexity_is_that_of_plain_forwards():
     assert score_text(model, tokenizer, Text("t", "", documents[:1]), (16, 4), quiet=True).se is None
 
 
+def test_blocked_perplexity_is_that_of_disjoint_windows():
+    model, tokenizer = tiny.make_model("llama"), tiny.make_tokenizer()
+    text = "A small red boat, near our quiet harbour, told it all."
+    ids, total = torch.tensor([tokenizer(text)["input_ids"]]), 0.0
+    for start in range(0, ids.shape[1] - 1, 15):
+        some = ids[:, start : start + 16]
+        with torch.no_grad():
+            total += float(model(some, labels=some).loss) * (some.shape[1] - 1)
+    found = score_text(model, tokenizer, Text("t", "", [text]), (16, stride_of(16, None)), quiet=True)
+    assert found.nats == pytest.approx(total / (ids.shape[1] - 1), abs=1e-5) and found.blocked
+
+
 def test_sliding_predicts_each_token_with_its_own_window():
     model, tokenizer = tiny.make_model("llama"), tiny.make_tokenizer()
     text = "A small red boat, near our quiet harbour, told it all."
     ids = tokenizer(text)["input_ids"]
     losses = []
     for place in range(1, len(ids)):
-        end = 16 if place < 16 else min(len(ids), 16 + 4 * ((place - 16) // 4 + 1))
-        first = max(0, end - 16)
+        first = 0 if place < 16 else 4 * ((place - 16) // 4 + 1)  # windows begin at multiples of the stride
         with torch.no_grad():
             log_p = model(torch.tensor([ids[first:place]])).logits[0, -1].log_softmax(-1)
         losses.append(-log_p[ids[place]].item())

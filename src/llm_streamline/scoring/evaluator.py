@@ -32,6 +32,7 @@ from llm_streamline.text import LARGEST_BLOCK
 NEW = 64  # tokens that a model may write to one prompt
 SAMPLES = "samples"
 FORMAT = 1  # of what is kept: another number is evaluated anew
+WINDOWS = 2  # the same of texts alone
 
 
 class Kept(Record):
@@ -185,7 +186,7 @@ class Evaluator:
         write_text(kept_file(self._folder, "items", self.label, items[0].task), lines)
 
     def _text(self, text: Text) -> TextScore:
-        made_of, one = self._made_of(text.digest, self._steps), self._subject
+        made_of, one = self._made_of(text.digest, self._steps, WINDOWS), self._subject
 
         def make() -> Kept:
             score = score_text(one.model, one.tokenizer, text, self._steps, self._batch, self._quiet)

@@ -70,11 +70,12 @@ def _document(path: Path, number: int, line: str) -> str:
 
 
 def windows(document: int, ids: Sequence[int], block: int, stride: int) -> list[Window]:
-    """Windows of up to `block` tokens that move by `stride`; together they predict every token but the first."""
+    """Windows of up to `block` tokens that begin at multiples of `stride`; each predicts what none before it has."""
     found, done = [], 1
     while done < len(ids):
-        end = min(len(ids), block if done == 1 else done + stride)
-        found.append(Window(document, list(ids[max(0, end - block) : end]), end - done))
+        begin = len(found) * stride
+        end = min(len(ids), begin + block)
+        found.append(Window(document, list(ids[begin:end]), end - done))
         done = end
     return found
 
