@@ -99,8 +99,11 @@ def test_what_has_nothing_to_inherit_is_refused(replace, name):
         network(replace, name, "inherited")
 
 
-@pytest.mark.parametrize("name", [name for name in tiny.CONFIGS if "post-norm" not in name])
-@pytest.mark.parametrize("init", ["inherited", "random"])
+INHERITED = [(name, "inherited") for name in tiny.CONFIGS if "post-norm" not in name]
+RANDOM = [(name, "random") for name in tiny.one_of_each_type() if "post-norm" not in name]
+
+
+@pytest.mark.parametrize(("name", "init"), INHERITED + RANDOM)
 def test_an_mlp_has_silent_attention_and_trains_only_what_still_acts(name, init):
     model = tiny.make_model(name)
     layer = build_replacement(model, [2], init, 0, "mlp")[0]

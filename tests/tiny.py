@@ -136,6 +136,14 @@ CONFIGS: dict[str, PretrainedConfig] = {
 }
 
 
+def one_of_each_type() -> list[str]:
+    """The first configuration of every model type."""
+    first: dict[str, str] = {}
+    for name, config in CONFIGS.items():
+        first.setdefault(config.model_type, name)
+    return list(first.values())
+
+
 def make_model(name: str, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     """A seeded random model; biases and norms are random too, so that forgetting one shows."""
     torch.manual_seed(0)
