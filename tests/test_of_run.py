@@ -95,6 +95,24 @@ def test_nothing_is_asked_on_request(made, tmp_path):
     assert result.evaluation is None and not (tmp_path / "run" / "items").exists()
 
 
+def test_a_run_finished_without_is_asked_later_and_its_page_and_card_say_so(made, tmp_path):
+    recipe, runtime, _ = made
+    plain = recipe.model_copy(update={"replace": "none"})
+    later = runtime.model_copy(update={"output": tmp_path / "run"})
+    run.compress(plain, later.model_copy(update={"tasks": ("none",)}))
+    card, page = tmp_path / "run" / "model" / "README.md", tmp_path / "run" / "report.html"
+    assert "own-text" not in card.read_text() and "own-text" not in page.read_text()
+    run.compress(plain, later)
+    assert "own-text" in card.read_text() and "own-text" in page.read_text()
+    assert "quick-facts" not in page.read_text()
+    later = later.model_copy(update={"tasks": ("quick",)})
+    run.compress(plain, later)
+    assert "quick-facts" in page.read_text()
+    card.write_text("edited")
+    run.compress(plain, later)
+    assert card.read_text() == "edited"
+
+
 def test_without_a_replacement_the_saved_model_is_the_cut_one(made, tmp_path):
     recipe, runtime, _ = made
     plain = recipe.model_copy(update={"replace": "none"})

@@ -22,7 +22,7 @@ from llm_streamline.evaluation import Evaluation, Request, Result
 from llm_streamline.files import atomic, remove_leftovers, sha256
 from llm_streamline.forward import substituted
 from llm_streamline.oracle import MANIFEST, versions
-from llm_streamline.page import PAGE, write_evaluation_report, write_report
+from llm_streamline.page import EVALUATION, PAGE, write_evaluation_report, write_report
 from llm_streamline.progress import say
 from llm_streamline.recipe import Recipe, Runtime
 from llm_streamline.records import Fit, Inputs, LayerPlan, Manifest, Scores, Similarity, Verification
@@ -61,9 +61,9 @@ def compress(recipe: Recipe, runtime: Runtime | None = None) -> Result:
     fit = train_replacement(work, plan, folder)
     verification = assemble_model(work, plan, fit, similarity, folder)
     scores = folder.stage("scores.json", Scores, lambda: score(work, plan, folder))
-    evaluation = evaluate_models(work, plan, tasks, folder)
-    publish_scores(scores, evaluation, folder)
-    if not folder.has(PAGE):
+    evaluation, news = evaluate_models(work, plan, tasks, folder)
+    publish_scores(scores, evaluation, folder, news)
+    if news or not folder.has(PAGE):
         write_report(folder.path)
     places = {"model": str(folder.path / "model"), "report": str(folder.path / PAGE)}
     return Result(plan=plan, fit=fit, scores=scores, verification=verification, evaluation=evaluation, **places)
@@ -256,17 +256,24 @@ def tasks_to_ask(runtime: Runtime) -> list[Task]:
     return tasks
 
 
-def evaluate_models(work: Workspace, plan: LayerPlan, tasks: list[Task], folder: RunFolder) -> Evaluation | None:
-    """Stage 6: the models' answers, writing and speed; None where nothing was to be asked."""
+def evaluate_models(
+    work: Workspace, plan: LayerPlan, tasks: list[Task], folder: RunFolder
+) -> tuple[Evaluation | None, bool]:
+    """Stage 6: the models' answers, writing and speed, and whether there is any news in them.
+
+    None where nothing was to be asked; what an earlier run has asked is not asked again.
+    """
     if NO_TASKS in work.runtime.tasks:
-        return None
+        return None, False
+    if folder.has(EVALUATION):
+        kept = Evaluation.read(folder.path / EVALUATION)
+        if {task.name for task in tasks} <= {task.task for task in kept.models[0].tasks}:
+            return kept, False
     blocks = work.parts.validation
-
-    def make() -> Evaluation:
-        own = own_questions(blocks, work.tokenizer, work.recipe.seed, folder.path)
-        return evaluate_run(standings(work, plan, folder), [*own, *tasks], blocks, folder.path, work.runtime)
-
-    return folder.stage("evaluation.json", Evaluation, make)
+    own = own_questions(blocks, work.tokenizer, work.recipe.seed, folder.path)
+    found = evaluate_run(standings(work, plan, folder), [*own, *tasks], blocks, folder.path, work.runtime)
+    found.write(folder.path / EVALUATION)
+    return found, True
 
 
 def standings(work: Workspace, plan: LayerPlan, folder: RunFolder) -> dict[str, Standing]:
@@ -288,14 +295,14 @@ def standings(work: Workspace, plan: LayerPlan, folder: RunFolder) -> dict[str, 
     return found
 
 
-def publish_scores(scores: Scores, evaluation: Evaluation | None, folder: RunFolder) -> None:
+def publish_scores(scores: Scores, evaluation: Evaluation | None, folder: RunFolder, news: bool) -> None:
     """Into the model's card and manifest, each replaced as a whole.
 
     The manifest goes last: where it has the scores, the card has them too, however a run ended.
     """
     model = folder.path / "model"
     manifest = Manifest.read(model / MANIFEST)
-    if manifest.scores != scores or not (model / CARD).exists():
+    if news or manifest.scores != scores or not (model / CARD).exists():
         manifest = manifest.model_copy(update={"scores": scores})
         write_card(manifest, model, evaluation)
         manifest.write(model / MANIFEST)

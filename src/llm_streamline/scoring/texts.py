@@ -71,7 +71,8 @@ def _document(path: Path, number: int, line: str) -> str:
 
 def windows(document: int, ids: Sequence[int], block: int, stride: int) -> list[Window]:
     """Windows of up to `block` tokens that begin at multiples of `stride`; each predicts what none before it has."""
-    found, done = [], 1
+    found: list[Window] = []
+    done = 1
     while done < len(ids):
         begin = len(found) * stride
         end = min(len(ids), begin + block)
