@@ -85,4 +85,5 @@ def test_tied_weights_count_once():
 
 def test_the_peak_of_a_process_of_its_own(tmp_path):
     folder = tiny.make_folder(tmp_path / "model", "llama")
-    assert 50e6 < process_peak(str(folder), Runtime(compute="float32", device="cpu")) < 20e9
+    held_here = torch.ones(1_500_000_000, dtype=torch.uint8)  # of which the other process has nothing
+    assert 50e6 < process_peak(str(folder), Runtime(compute="float32", device="cpu")) < held_here.nbytes
