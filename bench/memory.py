@@ -5,7 +5,6 @@ Run `python -m bench.memory TOKENS COMPUTE` for one of them.
 
 from __future__ import annotations
 
-import resource
 import subprocess
 import sys
 
@@ -33,13 +32,14 @@ def peak(tokens: int, compute: str) -> int:
     from bench.common import load, random_blocks
     from bench.train import BATCH, WINDOW
     from llm_streamline.replacement import build_replacement
+    from llm_streamline.scoring.peak import own_peak
     from llm_streamline.train import Settings, Trainer
 
     model = load(compute)
     settings = Settings("nmse", BATCH, 1, 1e-3, 1e-4, 1e-3, 0.01, 5.0, autocast=compute == "bfloat16")
     trainer = Trainer(model, WINDOW, build_replacement(model, [WINDOW.start], "inherited", 0), settings)
     trainer.fit(random_blocks(model, tokens // 256), random_blocks(model, 16))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return own_peak()
 
 
 if __name__ == "__main__":
