@@ -8,12 +8,14 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 from llm_streamline.errors import UserError
 from llm_streamline.evaluation import Request
 from llm_streamline.recipe import Runtime
 from llm_streamline.scoring.backend import check_vllm, language_model
 from llm_streamline.scoring.evaluate import evaluate
+from llm_streamline.scoring.items import read_items
 from tests import tiny
 from tests.test_tasks import make_jsonl, make_yaml
 
@@ -93,3 +95,19 @@ def test_what_vllm_cannot_load_is_one_sentence(vllm, monkeypatch):
 
 def broken(**arguments) -> None:
     raise ValueError("no such architecture. Try another\nor not")
+
+
+def test_log_likelihoods_of_a_bfloat16_model_are_summed_in_float32(tmp_path, llama_folder, task):
+    request = Request(models=str(llama_folder), tasks=task)
+    evaluate(request, Runtime(output=tmp_path / "out", quiet=True, compute="bfloat16", device="cpu"))
+    (items,) = read_items(tmp_path / "out" / "items").values()
+    found = torch.tensor([value for item in items.values() for value in item.log_likelihoods])
+    assert not found.equal(found.bfloat16().float())
+
+
+def test_a_task_that_a_model_cannot_be_asked_is_one_sentence(tmp_path, llama_folder):
+    pytest.importorskip("lm_eval", exc_type=ImportError)
+    more = "generation_kwargs: {max_gen_toks: 4096}\nmetric_list: [{metric: exact_match}]"
+    file = make_yaml(tmp_path, make_jsonl(tmp_path / "q.jsonl", 2), kind="generate_until", more=more)
+    with pytest.raises(UserError, match=r"task same cannot be asked of this model \(.*maximum sequence length"):
+        run(llama_folder, str(file), tmp_path / "out", "hf")

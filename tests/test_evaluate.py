@@ -20,10 +20,11 @@ from llm_streamline.errors import UserError
 from llm_streamline.evaluation import Request
 from llm_streamline.recipe import Runtime
 from llm_streamline.scoring import evaluator as stage
-from llm_streamline.scoring.evaluate import evaluate
+from llm_streamline.scoring.evaluate import compared, evaluate
 from llm_streamline.scoring.items import read_items
 from llm_streamline.scoring.prompts import bundled_openings
 from llm_streamline.scoring.stability import compare_tasks
+from llm_streamline.scoring.subject import Subject
 from llm_streamline.scoring.texts import Text, read_text, score_text, stride_of, windows
 from tests import tiny
 from tests.test_tasks import make_jsonl, make_yaml
@@ -294,3 +295,29 @@ def test_texts_are_read_in_order_and_whole(tmp_path):
     (tmp_path / "c.txt").write_text(" ")
     with pytest.raises(UserError, match="holds no text"):
         read_text(tmp_path / "c.txt")
+
+
+def test_a_model_that_gives_no_number_is_named(inputs, tmp_path):
+    model = tiny.make_model("llama")
+    with torch.no_grad():
+        model.model.layers[3].mlp.down_proj.weight.fill_(math.nan)
+    model.save_pretrained(tmp_path / "broken")
+    tiny.make_tokenizer().save_pretrained(tmp_path / "broken")
+    with pytest.raises(UserError, match=r"broken gives no number for question '0' of q \(NaN"):
+        run((None, str(tmp_path / "broken")), inputs, tmp_path / "out")
+
+
+def test_a_task_without_items_of_one_model_is_compared_by_nobody(models, inputs, tmp_path):
+    found = run(models, inputs, tmp_path / "out").models
+    bare = found[1].tasks[0].model_copy(update={"measure": None, "metric": "acc,none"})
+    shutil.rmtree(tmp_path / "out" / "items" / "other")
+    one = compared([found[0], found[1].model_copy(update={"tasks": [bare]})], "dense", tmp_path / "out")[1]
+    assert one.stability is None
+
+
+def test_the_current_folder_and_the_one_above_have_their_own_names(models, monkeypatch):
+    inner = Path(models[0]) / "inner"
+    inner.mkdir(exist_ok=True)
+    for place, name in ((models[0], "."), (inner, "..")):
+        monkeypatch.chdir(place)
+        assert Subject(name, Runtime(quiet=True)).label == "dense"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -149,3 +150,24 @@ def test_continuation_questions_by_hand():
 
 def test_too_little_text_gives_no_questions():
     assert continuation_questions(tiny.random_ids(3, 32), tiny.make_tokenizer(), 0) == []
+
+
+def test_a_run_that_asked_nothing_gets_a_new_card_and_page_when_it_asks(made, tmp_path):
+    recipe, runtime, _ = made
+    folder = tmp_path / "run"
+    shutil.copytree(runtime.output, folder)
+    (folder / "evaluation.json").unlink()
+    for told in (folder / "report.html", folder / "model" / "README.md"):
+        told.write_text("made without questions")
+    run.compress(recipe, runtime.model_copy(update={"output": folder}))
+    assert "own-text" in (folder / "report.html").read_text() and "own-text" in (folder / "model/README.md").read_text()
+
+
+def test_questions_that_do_not_fit_are_refused_before_anything_is_done(made, tmp_path):
+    recipe, _, _ = made
+    long = tmp_path / "long.jsonl"
+    long.write_text(json.dumps({"id": 0, "query": "a", "choices": ["b" * (tiny.CONTEXT + 1), "c"], "gold": 0}))
+    for tasks, told in (((str(long),), "longer than the model's context"), (("none", "quick"), "give either")):
+        with pytest.raises(UserError, match=told):
+            run.compress(recipe, Runtime(output=tmp_path / "run", quiet=True, tasks=tasks))
+        assert not (tmp_path / "run").exists()

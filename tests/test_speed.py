@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -87,3 +89,22 @@ def test_the_peak_of_a_process_of_its_own(tmp_path):
     folder = tiny.make_folder(tmp_path / "model", "llama")
     held_here = torch.ones(1_500_000_000, dtype=torch.uint8)  # of which the other process has nothing
     assert 50e6 < process_peak(str(folder), Runtime(compute="float32", device="cpu")) < held_here.nbytes
+
+
+def test_the_peak_on_a_gpu_is_of_one_model_whatever_else_is_loaded(monkeypatch):
+    model = tiny.make_model("llama")
+    own = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    monkeypatch.setattr(type(model), "device", SimpleNamespace(type="cuda"))
+    for name, value in {
+        "reset_peak_memory_stats": None,
+        "memory_allocated": 7000,
+        "max_memory_allocated": 7500,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda _device, value=value: value)
+    monkeypatch.setattr(speed, "one_round", lambda *_: None)
+    monkeypatch.setattr(speed, "cache_bytes", lambda *_: None)
+    assert size(model, 64).peak == own + 500
+
+
+def test_a_process_that_fails_tells_no_peak(tmp_path):
+    assert process_peak(str(tmp_path / "nowhere"), Runtime()) is None

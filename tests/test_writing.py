@@ -88,7 +88,7 @@ def test_repetition_by_hand():
 
 def test_plain_answers():
     assert plain("  “The  Moon!” ") == "the moon"
-    assert plain("3.5") == "3.5" and plain("-") == ""
+    assert plain("3.5") == "3.5" and plain("-") == "-"
 
 
 def test_a_summary_counts_loops_early_and_missing_ends():
@@ -150,3 +150,9 @@ def test_openings(tokenizer):
     found = own_openings(blocks, tokenizer, 3, 4)
     assert [prompt.id for prompt in found] == ["0", "2", "4"]
     assert found[1].text == tokenizer.decode(blocks[2, :4].tolist(), skip_special_tokens=True)
+
+
+@pytest.mark.parametrize(("one", "other"), [("-4", "4"), (".5", "5"), ("???", ""), ("+", "-")])
+def test_a_number_keeps_its_sign_and_signs_alone_are_an_answer(one, other):
+    assert plain(one) != plain(other)
+    assert plain(f"({one})") == plain(one) or not one[-1].isdigit()

@@ -23,6 +23,7 @@ from llm_streamline.families import NOT_PROVEN, family_of, layers_prefix
 from llm_streamline.files import sha256
 
 BUNDLED = "bundled"
+_LOOK = 4096  # bytes in the middle of each tensor
 _BUNDLED_MODEL = Path(__file__).parent / "demo" / "model"
 
 
@@ -203,6 +204,24 @@ def fingerprint(source: Source) -> str:
             parts += [str((folder / shard).stat().st_size).encode(), stream.read(2**20)]
             stream.seek(-min(2**20, (folder / shard).stat().st_size), 2)
             parts.append(stream.read())
+    return sha256(*parts)
+
+
+def whole_fingerprint(source: Source, config: PretrainedConfig) -> str:
+    """As `fingerprint`, but for a look into every tensor, for end tokens, and for the commit of one on the Hub."""
+    folder = Path(source.path)
+    if not folder.is_dir():
+        return sha256(fingerprint(source).encode(), str(getattr(config, "_commit_hash", None)).encode())
+    generation = folder / "generation_config.json"
+    parts = [fingerprint(source).encode(), generation.read_bytes() if generation.is_file() else b""]
+    for shard in _shards(folder):
+        with (folder / shard).open("rb") as stream:
+            size = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(size))
+            for name in sorted(header.keys() - {"__metadata__"}):
+                start, stop = header[name]["data_offsets"]
+                stream.seek(8 + size + start + (stop - start) // 2)
+                parts.append(stream.read(min(_LOOK, (stop - start + 1) // 2)))
     return sha256(*parts)
 
 

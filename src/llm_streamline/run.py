@@ -28,7 +28,7 @@ from llm_streamline.recipe import Recipe, Runtime
 from llm_streamline.records import Fit, Inputs, LayerPlan, Manifest, Scores, Similarity, Verification
 from llm_streamline.replacement import ReplacementLayers
 from llm_streamline.scoring.evaluate import evaluate as evaluate_request
-from llm_streamline.scoring.given import Task, open_tasks
+from llm_streamline.scoring.given import Task, check_questions_fit, open_tasks
 from llm_streamline.scoring.of_run import DENSE, OWN, Standing, evaluate_run, own_questions
 from llm_streamline.scoring.perplexity import FORWARD_TOKENS as LOSS_TOKENS
 from llm_streamline.scoring.perplexity import next_token_loss
@@ -51,7 +51,7 @@ def compress(recipe: Recipe, runtime: Runtime | None = None) -> Result:
     work = Workspace(recipe, runtime)
     check_all(work)
     check_inputs(work, folder)
-    tasks = tasks_to_ask(runtime)
+    tasks = tasks_to_ask(work)
     remove_leftovers(folder.path)
     similarity = folder.stage("similarity.json", Similarity, lambda: measure(work))
     folder.stage("inputs.json", Inputs, work.inputs)
@@ -248,9 +248,13 @@ def score(work: Workspace, plan: LayerPlan, folder: RunFolder) -> Scores:
     return Scores(dense=dense, cut=cut, saved=saved)
 
 
-def tasks_to_ask(runtime: Runtime) -> list[Task]:
+def tasks_to_ask(work: Workspace) -> list[Task]:
     """What is asked in the end, besides questions of the run's own text. Errors: UserError."""
-    tasks = open_tasks([given for given in runtime.tasks if given != NO_TASKS], None)
+    given = work.runtime.tasks
+    if NO_TASKS in given and len(set(given)) > 1:
+        raise UserError("--tasks none was given together with other tasks; give either.")
+    tasks = open_tasks([name for name in given if name != NO_TASKS], None)
+    check_questions_fit(tasks, work.tokenizer, checkpoint.context_length(work.config))
     if any(task.name == Path(OWN).stem for task in tasks):
         raise UserError(f"--tasks names a task {Path(OWN).stem}, as the run's own questions are; rename the file.")
     return tasks

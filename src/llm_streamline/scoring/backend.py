@@ -30,7 +30,13 @@ def language_model(one: Evaluated, backend: str, batch: int | None) -> Any:
 def _transformers(one: Evaluated, batch: int | None) -> Any:
     from lm_eval.models.huggingface import HFLM
 
-    return HFLM(pretrained=one.model, tokenizer=one.tokenizer, batch_size=batch or _BATCH, max_length=one.context)
+    return HFLM(
+        pretrained=one.model,
+        tokenizer=one.tokenizer,
+        batch_size=batch or _BATCH,
+        max_length=one.context,
+        softmax_dtype="float32",  # else a bfloat16 model's log-likelihoods are sums of bfloat16, in steps of 0.25
+    )
 
 
 def _vllm(one: Evaluated) -> Any:

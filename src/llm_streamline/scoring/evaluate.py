@@ -127,7 +127,8 @@ def compared(found: list[ModelScore], dense: str | None, folder: Path) -> list[M
 
 
 def _against(dense: ModelScore, one: ModelScore, folder: Path) -> ModelScore:
-    chosen = [task.task for task in dense.tasks if task.measure]
+    both = {task.task for task in one.tasks if task.measure}
+    chosen = [task.task for task in dense.tasks if task.measure and task.task in both]
     written = [task.task for task in dense.tasks if task.metric == EXACT]
     stability = compare_tasks(_items(folder, dense, chosen), _items(folder, one, chosen)) if chosen else None
     flips = [compare_written(_answers(folder, dense, task), _answers(folder, one, task)) for task in written]

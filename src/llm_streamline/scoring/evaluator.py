@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -31,7 +32,7 @@ from llm_streamline.text import LARGEST_BLOCK
 
 NEW = 64  # tokens that a model may write to one prompt
 SAMPLES = "samples"
-FORMAT = 1  # of what is kept: another number is evaluated anew
+FORMAT = 2  # of what is kept: another number is evaluated anew
 WINDOWS = 2  # the same of texts alone
 
 
@@ -126,6 +127,7 @@ class Evaluator:
         if kept and kept.made_of == made_of and (items.is_file() or not (kept.task and kept.task.kept_items)):
             return kept
         say(f"{self.label}: {name.lstrip('_')}", self._quiet)
+        file.unlink(missing_ok=True)  # so that no older score stands beside newer items, wherever this ends
         found = make()
         found.write(file)
         return found
@@ -146,6 +148,12 @@ class Evaluator:
     def _asked(self, task: Questions) -> TaskScore:
         rows = self._rows[task.name]
         items = answers(self._subject.model, task.questions, rows, task.name, self._batch, self._quiet)
+        odd = next((item.id for item in items if not all(map(math.isfinite, item.ppl))), None)
+        if odd is not None:
+            raise UserError(
+                f"{self._subject.name} gives no number for question {odd!r} of {task.name} (NaN or infinity, in "
+                f"{self._subject.compute}); mend its weights, or try --compute float32."
+            )
         self._write(items)
         cut = sum(any(row.cut for row in some) for some in rows)
         if cut:

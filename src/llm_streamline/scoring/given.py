@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+from transformers import PreTrainedTokenizerBase
+
 from llm_streamline.errors import UserError
 from llm_streamline.files import sha256
 from llm_streamline.scoring.prompts import Prompt, read_prompts
-from llm_streamline.scoring.questions import Question, check_questions, read_rows
+from llm_streamline.scoring.questions import Question, check_questions, encode, read_rows
 from llm_streamline.scoring.suites import members
 from llm_streamline.scoring.tasks import YAML, HarnessTask, open_harness
 from llm_streamline.scoring.writing import check_rouge
@@ -62,6 +64,13 @@ def open_jsonl(path: Path, limit: int | None) -> Questions | Prompts:
         check_rouge()
         return Prompts(path.stem, digest, read_prompts(path, rows)[:limit])
     return Questions(path.stem, digest, check_questions(path, rows)[:limit])
+
+
+def check_questions_fit(tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase, context: int) -> None:
+    """Errors: UserError for a question that the tokenizer or the context cannot take."""
+    for task in tasks:
+        if isinstance(task, Questions):
+            encode(tokenizer, task.questions, context)
 
 
 class Named(Protocol):

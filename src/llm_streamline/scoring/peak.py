@@ -12,12 +12,12 @@ from llm_streamline.recipe import Runtime
 _KEPT = {"device", "compute", "threads", "allow_pickle", "trust_remote_code"}
 
 
-def process_peak(model: str, runtime: Runtime) -> int:
-    """Bytes, of this interpreter's libraries too."""
+def process_peak(model: str, runtime: Runtime) -> int | None:
+    """Bytes, of this interpreter's libraries too; None where that process fails, as for want of memory."""
     settings = runtime.model_dump_json(include=_KEPT)
     command = [sys.executable, "-m", "llm_streamline.scoring.peak", model, settings]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return int(done.stdout.splitlines()[-1])
+    done = subprocess.run(command, capture_output=True, text=True)
+    return int(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
 
 
 def own_peak() -> int:

@@ -151,8 +151,10 @@ def size(model: PreTrainedModel, context: int) -> Size:
     peak = None
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)
+        held = torch.cuda.memory_allocated(model.device)  # by every model that is loaded
         one_round(model, loads(context)[0])
-        peak = torch.cuda.max_memory_allocated(model.device)
+        own = sum(tensor.nbytes for tensor in (*weights, *model.buffers()))
+        peak = own + torch.cuda.max_memory_allocated(model.device) - held
     return Size(
         parameters=sum(parameter.numel() for parameter in weights),
         weights=sum(parameter.nbytes for parameter in weights),

@@ -56,7 +56,7 @@ class Subject:
         self.config = self._config()
         self.tokenizer = checkpoint.load_tokenizer(self._work.source, self.config.vocab_size)
         checkpoint.check_weights(self._work.source)
-        self.fingerprint = checkpoint.fingerprint(self._work.source)
+        self.fingerprint = checkpoint.whole_fingerprint(self._work.source, self.config)
         self.compute = self._work.compute
 
     def _config(self) -> PretrainedConfig:
@@ -66,6 +66,7 @@ class Subject:
     def label(self) -> str:
         """A short name: the folder's, or that of the run it lies in."""
         path = Path(self.path)
+        path = path.resolve() if path.name in ("", "..") or path.parent.name == ".." else path
         return path.parent.name if path.name == "model" and path.parent.name else path.name
 
     @property

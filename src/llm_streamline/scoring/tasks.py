@@ -123,15 +123,18 @@ def run_harness(
     """The task's answers by a model as `backend` gives it. What exceeds the context is cut at the front, by lm-eval."""
     from lm_eval.evaluator import simple_evaluate
 
-    with redirect_stdout(sys.stderr):
-        found = simple_evaluate(
-            model,
-            tasks=[one.task],
-            limit=limit,
-            log_samples=True,
-            bootstrap_iters=_RESAMPLES,
-            task_manager=_index(include_defaults=False),  # else it lists all tasks anew, for seconds
-        )
+    try:
+        with redirect_stdout(sys.stderr):
+            found = simple_evaluate(
+                model,
+                tasks=[one.task],
+                limit=limit,
+                log_samples=True,
+                bootstrap_iters=_RESAMPLES,
+                task_manager=_index(include_defaults=False),  # else it lists all tasks anew, for seconds
+            )
+    except (AssertionError, ValueError, KeyError, IndexError, TypeError) as error:  # a task and a model at odds
+        raise UserError(f"task {one.name} cannot be asked of this model ({reason(error)}); leave it out.") from error
     samples, metrics = found["samples"][one.name], _metrics(found["results"][one.name])
     first = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
     if one.task.OUTPUT_TYPE != "multiple_choice":

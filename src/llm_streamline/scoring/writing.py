@@ -22,7 +22,7 @@ from llm_streamline.scoring.prompts import Prompt
 from llm_streamline.scoring.stability import paired_interval
 
 GRAM = 4
-_EDGES = re.compile(r"^[\W_]+|[\W_]+$")
+_EDGES = re.compile(r"^(?:(?![-+.\N{MINUS SIGN}]*\d)[\W_])+|[\W_]+$")  # but for a number's sign and point
 
 
 def write(
@@ -106,8 +106,8 @@ def repetition(ids: Sequence[int]) -> float:
 
 
 def plain(answer: str) -> str:
-    """An answer without case, repeated space, and punctuation at its ends."""
-    return " ".join(_EDGES.sub("", answer).casefold().split())
+    """An answer without case, repeated space, and punctuation at its ends, unless that is all there is."""
+    return " ".join((_EDGES.sub("", answer) or answer).casefold().split())
 
 
 def rouge(text: str, answers: Sequence[str]) -> dict[str, float]:
