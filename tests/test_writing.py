@@ -12,7 +12,7 @@ from llm_streamline.errors import UserError
 from llm_streamline.evaluation import Written
 from llm_streamline.scoring.given import Prompts, open_jsonl
 from llm_streamline.scoring.prompts import Prompt, bundled_openings, own_openings
-from llm_streamline.scoring.writing import compare_written, plain, repetition, summarize, write
+from llm_streamline.scoring.writing import compare_written, plain, repetition, rouge, summarize, write
 from tests import tiny
 
 PROMPTS = [Prompt(str(number), " ".join(f"w{number + k}" for k in range(2 + 3 * number))) for number in range(5)]
@@ -89,6 +89,13 @@ def test_repetition_by_hand():
 def test_plain_answers():
     assert plain("  “The  Moon!” ") == "the moon"
     assert plain("3.5") == "3.5" and plain("-") == "-"
+
+
+def test_rouge_of_scripts_without_spaces():
+    same = {"rouge1": 1.0, "rouge2": 1.0, "rougeL": 1.0}
+    assert rouge("天气很好", ["天气很好"]) == same == rouge("Süße Äpfel", ["süße äpfel"])
+    assert rouge("天气不好", ["天气很好"])["rouge1"] == pytest.approx(0.75)
+    assert rouge("cats run", ["the cat runs"])["rouge1"] == pytest.approx(0.8), "stems, where letters are plain"
 
 
 def test_a_summary_counts_loops_early_and_missing_ends():

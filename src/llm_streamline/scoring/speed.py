@@ -20,7 +20,7 @@ from llm_streamline.progress import progress, say
 
 BATCHES = (1, 8)
 PROMPT, NEW = 512, 32  # tokens, where the context leaves room for them
-FEWEST, MOST, SECONDS = 3, 40, 6.0  # rounds, and about how long all of one batch size may take
+FEWEST, MOST, SECONDS = 6, 40, 6.0  # rounds, and about how long all of one batch size may take
 SLOW = 60.0  # seconds for one round of all models: where more is to be expected, a larger batch is left out
 
 

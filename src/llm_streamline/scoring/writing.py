@@ -22,6 +22,7 @@ from llm_streamline.scoring.prompts import Prompt
 from llm_streamline.scoring.stability import paired_interval
 
 GRAM = 4
+_WORDS = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+")
 _EDGES = re.compile(r"^(?:(?![-+.\N{MINUS SIGN}]*\d)[\W_])+|[\W_]+$")  # but for a number's sign and point
 
 
@@ -110,11 +111,20 @@ def plain(answer: str) -> str:
     return " ".join((_EDGES.sub("", answer) or answer).casefold().split())
 
 
+class _AnyWords:
+    """Words of any script, for ROUGE; Chinese and Japanese, which have no spaces, letter by letter."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return _WORDS.findall(text.casefold())
+
+
 def rouge(text: str, answers: Sequence[str]) -> dict[str, float]:
     """F1 of ROUGE-1, -2 and -L, each the best over the answers."""
     from rouge_score.rouge_scorer import RougeScorer  # type: ignore[import-untyped, unused-ignore]
 
-    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+    plain_letters = all(answer.isascii() for answer in answers)
+    words = None if plain_letters else _AnyWords()  # the package's own words are of ASCII letters alone
+    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True, tokenizer=words)
     scores = [scorer.score(answer, text) for answer in answers]
     return {kind: max(score[kind].fmeasure for score in scores) for kind in ("rouge1", "rouge2", "rougeL")}
 
