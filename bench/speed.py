@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from statistics import median
 
 import numpy as np
 import torch
@@ -53,10 +52,13 @@ def _shortened(replace: str, remove: str, dtype: torch.dtype) -> PreTrainedModel
 
 
 def _held_against_line(rounds: list[list[Round]], place: int, depth: int, what: str) -> list[Finding]:
-    """Its median seconds over those of the line, through the reference models' medians, at its depth."""
+    """Its seconds over those of the line, through the reference models, at its depth.
+
+    Each model's seconds are its least disturbed round's: what else runs on a machine only ever adds to a round.
+    """
     found = []
     for part, name in enumerate(("prefill", "decode")):
-        seconds = [median(one[part] for one in own) for own in rounds]
+        seconds = [min(one[part] for one in own) for own in rounds]
         line = float(np.polyval(np.polyfit(DEPTHS, seconds[: len(DEPTHS)], 1), depth))
         ratio, stock = seconds[place] / line, seconds[DEPTHS.index(depth)] / line
         what_else = f"{name} / the line at {depth} layers, {what} (the stock model: {stock:.3f})"
