@@ -111,6 +111,16 @@ def test_an_interrupted_evaluation_continues(models, inputs, tmp_path, monkeypat
     assert (tmp_path / "out" / "items" / "dense" / "q.jsonl").stat().st_mtime_ns == kept
 
 
+def test_items_and_score_are_of_one_run_wherever_another_ends(models, inputs, tmp_path, monkeypatch):
+    whole = run(models, inputs, tmp_path / "out")
+    with monkeypatch.context() as patched:  # after the items of a shorter run, before its score
+        patched.setattr(stage.Kept, "write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(models, inputs, tmp_path / "out", limit=4)
+    assert run(models, inputs, tmp_path / "out") == whole
+    assert len(read_items(tmp_path / "out" / "items" / "dense" / "q.jsonl")["q"]) == 12
+
+
 def test_writing_and_speed_are_kept_too(models, inputs, tmp_path, monkeypatch):
     asked = []
     for name in ("write", "timings", "process_peak"):

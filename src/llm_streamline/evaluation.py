@@ -10,6 +10,7 @@ from llm_streamline.recipe import Count, Schema, as_several
 from llm_streamline.records import Fit, LayerPlan, Record, Scores, Stability, Verification
 
 Interval = tuple[float, float]
+EVALUATION = "evaluation.json"
 EXACT = "exact match"  # the metric of written tasks
 LOOPING = 0.5  # share of repeated 4-grams above which a text goes round in circles
 EARLY = 8  # tokens: a sample that ends before has hardly begun

@@ -14,13 +14,12 @@ import jinja2
 from llm_streamline import charts, findings, scoreboard, tables, verdict
 from llm_streamline.card import TEMPLATES, score_rows
 from llm_streamline.comparison import compared, saved_of, units
-from llm_streamline.evaluation import Evaluation
+from llm_streamline.evaluation import EVALUATION, Evaluation
 from llm_streamline.files import write_text
 from llm_streamline.oracle import MANIFEST
 from llm_streamline.records import LayerPlan, Manifest, Scores, Similarity
 
 PAGE = "report.html"
-EVALUATION = "evaluation.json"
 _PARTS = {
     "calibration": "measures similarity",
     "training": "trains the replacement",

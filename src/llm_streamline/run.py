@@ -18,11 +18,11 @@ from llm_streamline.card import CARD, is_licence, origin, source_files, write_ca
 from llm_streamline.choose import check_protected, check_request, choose
 from llm_streamline.comparison import CUT, SAVED
 from llm_streamline.errors import UserError
-from llm_streamline.evaluation import Evaluation, Request, Result
+from llm_streamline.evaluation import EVALUATION, Evaluation, Request, Result
 from llm_streamline.files import atomic, remove_leftovers, sha256
 from llm_streamline.forward import substituted
 from llm_streamline.oracle import MANIFEST, versions
-from llm_streamline.page import EVALUATION, PAGE, write_evaluation_report, write_report
+from llm_streamline.page import PAGE, write_evaluation_report, write_report
 from llm_streamline.progress import say
 from llm_streamline.recipe import Recipe, Runtime
 from llm_streamline.records import Fit, Inputs, LayerPlan, Manifest, Scores, Similarity, Verification

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from llm_streamline.errors import UserError
-from llm_streamline.evaluation import EXACT, Evaluation, ModelScore, Request, Written
+from llm_streamline.evaluation import EVALUATION, EXACT, Evaluation, ModelScore, Request, Written
 from llm_streamline.files import TEMPORARY, remove_leftovers
 from llm_streamline.findings import warnings
 from llm_streamline.oracle import versions
@@ -23,7 +23,7 @@ from llm_streamline.scoring.tasks import HarnessTask
 from llm_streamline.scoring.texts import read_text
 from llm_streamline.scoring.writing import compare_written
 
-OURS = {"items", "scores", "evaluation.json", "report.html"}
+OURS = {"items", "scores", EVALUATION, "report.html"}
 
 
 def evaluate(request: Request, runtime: Runtime) -> Evaluation:
@@ -46,7 +46,7 @@ def evaluate(request: Request, runtime: Runtime) -> Evaluation:
     if request.speed:
         found = with_speed(found, evaluators, dense, runtime)
     result = concluded(found, dense, folder, runtime)
-    result.write(folder / "evaluation.json")
+    result.write(folder / EVALUATION)
     return result
 
 
