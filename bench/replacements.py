@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from llm_streamline import choose, run, train
+from llm_streamline import choose, passages, run
 from llm_streamline.errors import UserError
 from llm_streamline.forward import Passage, run_window, substituted
 from llm_streamline.progress import progress
@@ -54,7 +54,7 @@ class Remembered:
 def rows(options: argparse.Namespace, seed: int, done: set[tuple[Any, ...]]) -> Any:
     """One finished row after the other."""
     remembered = Remembered()
-    train.run_window = remembered  # type: ignore[assignment]
+    passages.run_window = remembered  # type: ignore[assignment]
     runtime = Runtime(compute="float32")
     base = {"model": options.model, "data": options.text, "tokens": options.tokens, "remove": options.remove}
     base |= {"seed": seed, "loss": options.loss, "lr": options.lr, "batch": options.batch}

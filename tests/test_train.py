@@ -94,7 +94,7 @@ def test_gradients_are_clipped_to_the_asked_norm():
         def zero_grad(self):
             pass
 
-    run.step(Optimizer(), tiny.random_ids(2, 16), 1e-3)
+    run.step(Optimizer(), run.passages([tiny.random_ids(2, 16)]), 2, 1e-3)
     assert norms[0] == pytest.approx(1e-3, rel=1e-3)
 
 

@@ -17,6 +17,7 @@ import typer
 from llm_streamline import __version__
 from llm_streamline.errors import StreamlineError
 from llm_streamline.flags import NOT_EVALUATE, ONLY_COMPRESS, command_line, with_flags
+from llm_streamline.interruption import stop_at_once
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -249,11 +250,12 @@ def _named(command: Callable[..., None]) -> Callable[[], None]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The console script. Exit codes: 0 done, 1 not verified, 2 refused, 3 unexpected, 130 interrupted."""
+    """The console script. Exit codes: 0 done, 1 not verified, 2 refused, 3 unexpected, 130 or 143 interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         called = next((argument for argument in arguments if argument in COMMANDS), None)
-        code = make_app(called)(args=arguments, standalone_mode=False, prog_name="llm-streamline")
+        with stop_at_once():
+            code = make_app(called)(args=arguments, standalone_mode=False, prog_name="llm-streamline")
     except StreamlineError as error:
         _end(str(error), error.exit_code, arguments)
     except Exception as error:

@@ -21,3 +21,11 @@ class UserError(StreamlineError):
 
 class VerificationError(StreamlineError):
     """The assembled model does not compute what the source with the window replaced computes; it is not published."""
+
+
+class Stopped(StreamlineError):
+    """The process was asked to end, by Ctrl-C or SIGTERM; what was finished until then lies on the disk."""
+
+    def __init__(self, signal: int, outlook: str) -> None:
+        super().__init__(f"stopped; {outlook}.")
+        self.exit_code = 128 + signal

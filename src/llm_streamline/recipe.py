@@ -12,6 +12,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from llm_streamline.errors import UserError, reason
 
 _COUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([kmbt]?)", re.IGNORECASE)
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*([smh]?)", re.IGNORECASE)
+_SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600}
 _SCALE = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 
 
@@ -23,6 +25,14 @@ def parse_count(value: Any) -> Any:
     if not match:
         raise ValueError(f"{value!r} is no count; write a whole number, or one with k, M or B, such as 250k")
     return round(float(match[1]) * _SCALE[match[2].lower()])
+
+
+def parse_duration(value: Any) -> Any:
+    """'5m' -> 300.0 seconds; numbers are seconds. Errors: ValueError for anything else."""
+    match = _DURATION.fullmatch(str(value).strip())
+    if not match:
+        raise ValueError(f"{value!r} is no time; write a number with s, m or h, such as 5m")
+    return float(match[1]) * _SECONDS[match[2].lower()]
 
 
 def as_text(value: Any) -> Any:
@@ -48,6 +58,7 @@ def check_replace(value: str) -> str:
 
 
 Count = Annotated[int, BeforeValidator(parse_count), Field(gt=0)]
+Duration = Annotated[float, BeforeValidator(parse_duration), Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -221,6 +232,11 @@ class Runtime(Schema):
         ("quick",),
         description="What to ask the dense, the cut and the saved model in the end, as evaluate takes it, besides "
         "questions of the run's own text; or none, to evaluate nothing. Repeat it for several. [default: quick]",
+    )
+    checkpoint_every: Duration = Field(
+        300.0,
+        description="How often training writes its state, from which the same command continues after any "
+        "interruption, e.g. 2s, 5m or 1h. [default: 5m]",
     )
     tracker: str | None = Field(
         None,

@@ -32,11 +32,13 @@ from llm_streamline.scoring.given import Task, check_questions_fit, open_tasks
 from llm_streamline.scoring.of_run import DENSE, OWN, Standing, evaluate_run, own_questions
 from llm_streamline.scoring.perplexity import FORWARD_TOKENS as LOSS_TOKENS
 from llm_streamline.scoring.perplexity import next_token_loss
+from llm_streamline.snapshot import Snapshot
 from llm_streamline.text import shuffled
 from llm_streamline.train import Settings, Track, Trainer, rates
 from llm_streamline.workspace import RunFolder, Workspace, own_contents
 
 NO_TASKS = "none"
+SNAPSHOT = "checkpoint.safetensors"  # the state of a training that has not come to its end
 FORWARD_TOKENS = 4096  # per batch, where nothing is trained
 
 
@@ -159,11 +161,14 @@ def train_replacement(work: Workspace, plan: LayerPlan, folder: RunFolder) -> Fi
     """Stage 3: `replacement/` with the trained weights, their Fit and its figure; None where nothing is trained."""
     if not plan.occupied:
         return None
+    snapshot = Snapshot(folder.path / SNAPSHOT, work.runtime.checkpoint_every)
     if folder.has("replacement"):
+        snapshot.remove()  # which a run that was killed in just this place has left
         return Fit.read(folder.file("replacement/fit.json"))
     recipe, training = work.recipe, shuffled(work.parts.training, work.recipe.seed)
     replacement = work.replacement(work.model, plan.replaced()).to(work.device)
     settings = Settings.resolve(recipe, training, work.config.hidden_size, work.memory, work.bfloat16)
+    settings = settings.continued(snapshot)
     steps = -(-len(training) // (settings.batch * settings.accumulate))
     say(
         f"training on {training.numel():,} tokens: {steps} steps of {settings.batch * settings.accumulate} sequences "
@@ -171,12 +176,13 @@ def train_replacement(work: Workspace, plan: LayerPlan, folder: RunFolder) -> Fi
         work.runtime.quiet,
     )
     with tracking(work) as track, atomic(folder.file("replacement")) as temporary:
-        trainer = Trainer(work.model, plan.window, replacement, settings, work.runtime.quiet, track)
+        trainer = Trainer(work.model, plan.window, replacement, settings, work.runtime.quiet, track, snapshot)
         fit = trainer.fit(training, work.parts.validation)
         temporary.mkdir()
         save_file(replacement.state_dict(), temporary / "replacement.safetensors")
         figures.draw_training(fit, temporary / "training.png")
         fit.write(temporary / "fit.json")
+    snapshot.remove()
     return fit
 
 

@@ -1,33 +1,32 @@
 """LayerPlan + tokens -> trained replacement (Fit): distillation on hidden states, Eq. 4 of the paper.
 
 The frozen layers [0, window.stop) run once per batch and nothing above them; gradients exist only in the
-replacement; no hidden state is kept past its batch.
+replacement; no hidden state is kept past its batch. A run that was stopped goes on from its last snapshot.
 """
 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llm_streamline.errors import UserError
-from llm_streamline.forward import run_window
-from llm_streamline.progress import progress, say
+from llm_streamline.errors import Stopped, UserError
+from llm_streamline.forward import Passage
+from llm_streamline.history import History, Track
+from llm_streamline.interruption import stop_between_steps
+from llm_streamline.passages import streamed
+from llm_streamline.progress import Advance, progress, say
 from llm_streamline.recipe import Recipe
-from llm_streamline.records import Check, Fit, Point, Window
+from llm_streamline.records import Fit, Window
 from llm_streamline.replacement import ReplacementLayers
+from llm_streamline.snapshot import Snapshot
 
 FEWEST_STEPS = 250
 LARGEST_BATCH_TOKENS = 16_384
-VALIDATIONS = 5
-CURVE_POINTS = 100
-
-Track = Callable[[dict[str, float], int], None]
 
 
 def mse(prediction: Tensor, target: Tensor) -> Tensor:
@@ -74,6 +73,12 @@ class Settings:
             autocast=autocast,
         )
 
+    def continued(self, snapshot: Snapshot) -> Settings:
+        """With the batch of a run that is continued: where it was left open, another machine would choose another."""
+        settings = replace(self, batch=snapshot.kept_setting().get("batch", self.batch))
+        snapshot.setting = asdict(replace(settings, autocast=False))  # whose number format a machine may change
+        return settings
+
 
 def rates(recipe: Recipe, width: int) -> tuple[float, float]:
     """The first and last learning rate. Errors: UserError where the last would be the higher."""
@@ -116,25 +121,31 @@ class Trainer:
     settings: Settings
     quiet: bool = False
     track: Track = field(default=lambda values, step: None)
+    snapshot: Snapshot | None = None
 
-    def loss(self, ids: Tensor) -> Tensor:
-        """The distillation loss on token ids (B, T)."""
-        device = self.model.device
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.settings.autocast):
-            passage = run_window(self.model, self.window, ids.to(device, torch.long))
+    def passages(self, batches: Sequence[Tensor]) -> Iterator[Passage]:
+        """What crosses the window's boundaries on each micro-batch of token ids (B, T), made when it is asked for."""
+        return streamed(self.model, self.window, self.settings.autocast)(batches)
+
+    def loss(self, passage: Passage) -> Tensor:
+        """The distillation loss on one micro-batch."""
+        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.settings.autocast):
             prediction = self.replacement.run(passage.entering.float(), passage.calls)
         return LOSSES[self.settings.loss](prediction.float(), passage.leaving.float())
 
     @torch.no_grad()
     def validate(self, blocks: Tensor) -> float:
-        losses = [self.loss(ids).item() * len(ids) for ids in blocks.split(self.settings.batch)]
-        return sum(losses) / len(blocks)
+        passages = self.passages(blocks.split(self.settings.batch))
+        return sum(self.loss(one).item() * len(one.entering) for one in passages) / len(blocks)
 
-    def step(self, optimizer: torch.optim.Optimizer, blocks: Tensor, lr: float) -> Tensor:
-        """One optimizer step on (batch * accumulate, T) token ids; returns the loss before it."""
-        total = torch.zeros((), device=self.model.device)
-        for ids in blocks.split(self.settings.batch):
-            loss = self.loss(ids) * (len(ids) / len(blocks))  # so that a short last micro-batch weighs what it holds
+    def step(self, optimizer: torch.optim.Optimizer, passages: Iterator[Passage], sequences: int, lr: float) -> Tensor:
+        """One optimizer step on the next `sequences` of `passages`; returns the loss before it."""
+        total, left = torch.zeros((), device=self.model.device), sequences
+        while left > 0:
+            passage = next(passages)
+            left -= len(passage.entering)
+            share = len(passage.entering) / sequences  # so that a short last micro-batch weighs what it holds
+            loss = self.loss(passage) * share
             loss.backward()
             total += loss.detach()
         nn.utils.clip_grad_norm_(self.replacement.trained(), self.settings.clip)
@@ -149,97 +160,67 @@ class Trainer:
         return torch.optim.AdamW(self.replacement.trained(), lr=self.settings.lr, weight_decay=decay, fused=True)
 
     def fit(self, training: Tensor, validation: Tensor) -> Fit:
-        """Train on (N, T) token ids in the order given and leave the best weights in the replacement."""
+        """Train on (N, T) token ids in the order given and leave the best weights in the replacement.
+
+        A snapshot is continued, to the bit, and written now and then. Errors: UserError for a loss that is no number;
+        Stopped, with a snapshot written, where the process is asked to end.
+        """
         groups = training.split(self.settings.batch * self.settings.accumulate)
-        history = _History(self, validation, len(groups))
         optimizer = self.optimizer()
+        history = History(self.replacement, lambda: self.validate(validation), len(groups), self.track)
+        if self.snapshot is not None and self.snapshot.restore(self.replacement, optimizer, history):
+            say(f"resumed at step {history.step} of {history.steps}", self.quiet)
+        else:
+            history.begin()
         with progress("training", training.numel(), self.quiet) as advance:
-            for step, blocks in enumerate(groups, start=1):
-                lr = learning_rate(step - 1, len(groups), self.settings)
-                history.add(step, blocks.numel(), lr, self.step(optimizer, blocks, lr))
+            advance(history.tokens)
+            self._train(groups, optimizer, history, advance)
+        return self._conclude(training, history)
+
+    def _train(
+        self, groups: Sequence[Tensor], optimizer: torch.optim.Optimizer, history: History, advance: Advance
+    ) -> None:
+        """The steps that are left, with a snapshot where one is due."""
+        left = groups[history.step :]
+        passages = self.passages([ids for blocks in left for ids in blocks.split(self.settings.batch)])
+        with stop_between_steps() as asked:
+            for blocks in left:
+                lr = learning_rate(history.step, len(groups), self.settings)
+                history.add(blocks.numel(), lr, self.step(optimizer, passages, len(blocks), lr))
                 advance(blocks.numel(), history.note())
-        return history.fit(training)
+                if self.snapshot is not None and (self.snapshot.due or asked()):
+                    self.snapshot.write(self.replacement, optimizer, history)
+                if asked():
+                    raise Stopped(asked(), self._outlook(history))
 
+    def _outlook(self, history: History) -> str:
+        at = f"at step {history.step} of {history.steps}"
+        return f"the same command continues {at}" if self.snapshot else f"it was {at}, which is lost"
 
-class _History:
-    """The curves, the clock and the best weights of one training run."""
-
-    def __init__(self, trainer: Trainer, validation: Tensor, steps: int) -> None:
-        self.trainer, self.validation, self.steps = trainer, validation, steps
-        self.curve: list[Point] = []
-        self.checks: list[Check] = []
-        self.tokens = 0
-        self.lr = 0.0
-        self._pending: list[Tensor] = []
-        self._check(0)
-        self._started = time.perf_counter()
-        self._validating = 0.0
-
-    def add(self, step: int, tokens: int, lr: float, loss: Tensor) -> None:
-        self.tokens += tokens
-        self.lr = lr
-        self._pending.append(loss)
-        if step == self.steps or step % max(1, self.steps // CURVE_POINTS) == 0:
-            self._point(step)
-        if step == self.steps or step % max(1, self.steps // VALIDATIONS) == 0:
-            started = time.perf_counter()
-            self._check(step)
-            self._validating += time.perf_counter() - started
-
-    def _point(self, step: int) -> None:
-        loss = torch.stack(self._pending).mean().item()
-        self._pending.clear()
-        if not math.isfinite(loss):
-            raise UserError(
-                f"the training loss is {loss} at step {step}; "
-                f"begin in another folder with a smaller --lr than {self.trainer.settings.lr:g}."
-            )
-        self.curve.append(Point(step=step, tokens=self.tokens, lr=self.lr, loss=loss))
-        self.trainer.track({"train/loss": loss, "train/lr": self.lr}, step)
-
-    def _check(self, step: int) -> None:
-        loss = self.trainer.validate(self.validation)
-        if not self.checks or loss < self.best.loss:
-            weights = self.trainer.replacement.state_dict()
-            self._best_weights = {key: value.detach().cpu().clone() for key, value in weights.items()}
-        self.checks.append(Check(step=step, loss=loss))
-        self.trainer.track({"validation/loss": loss}, step)
-
-    @property
-    def best(self) -> Check:
-        return min(self.checks, key=lambda check: check.loss)
-
-    def note(self) -> str:
-        return f"loss {self.curve[-1].loss:.4g}" if self.curve else ""
-
-    def fit(self, training: Tensor) -> Fit:
-        seconds = time.perf_counter() - self._started - self._validating
-        self.trainer.replacement.load_state_dict(self._best_weights)
-        if self.best.step == 0:
-            say(
-                "training did not lower the validation loss; the replacement stays as it started.",
-                self.trainer.quiet,
-            )
-        settings, model = self.trainer.settings, self.trainer.model
+    def _conclude(self, training: Tensor, history: History) -> Fit:
+        self.replacement.load_state_dict(history.best_weights)
+        if history.best.step == 0:
+            say("training did not lower the validation loss; the replacement stays as it started.", self.quiet)
+        settings, seconds = self.settings, history.seconds
         return Fit(
             loss=settings.loss,
-            steps=self.steps,
-            tokens=self.tokens,
+            steps=history.steps,
+            tokens=history.tokens,
             batch=settings.batch,
             accumulate=settings.accumulate,
             block=training.shape[1],
             lr=settings.lr,
             min_lr=settings.min_lr,
-            last_lr=self.lr,
-            validation_before=self.checks[0].loss,
-            validation_best=self.best.loss,
-            best_step=self.best.step,
-            trained_parameters=sum(parameter.numel() for parameter in self.trainer.replacement.trained()),
+            last_lr=history.lr,
+            validation_before=history.checks[0].loss,
+            validation_best=history.best.loss,
+            best_step=history.best.step,
+            trained_parameters=sum(parameter.numel() for parameter in self.replacement.trained()),
             seconds=seconds,
-            tokens_per_second=self.tokens / max(seconds, 1e-9),
-            device=str(model.device),
-            compute="bfloat16 autocast" if settings.autocast else str(model.dtype).removeprefix("torch."),
+            tokens_per_second=history.tokens / max(seconds, 1e-9),
+            device=str(self.model.device),
+            compute="bfloat16 autocast" if settings.autocast else str(self.model.dtype).removeprefix("torch."),
             threads=torch.get_num_threads(),
-            curve=self.curve,
-            validation=self.checks,
+            curve=history.curve,
+            validation=history.checks,
         )
