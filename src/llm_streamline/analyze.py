@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -12,32 +13,51 @@ from transformers import PreTrainedModel
 from llm_streamline.errors import UserError
 from llm_streamline.families import layers_of
 from llm_streamline.forward import at_boundary, run_until_stopped, stop_forward
+from llm_streamline.offload import is_offloaded
 from llm_streamline.progress import progress
 from llm_streamline.records import Matrix, Similarity
+from llm_streamline.spool import States, spooled
 
-_CHUNK_TOKENS = 2048  # bounds the float32 copies of the states at all boundaries
+_CHUNK_TOKENS, _CHUNK_BYTES = 2048, 2**26  # bound the float32 copies of the states at all boundaries
 _TINY = 1e-12
 
 
 def analyze(
-    model: PreTrainedModel, blocks: Tensor, batch: int, mask: Tensor | None = None, quiet: bool = False
+    model: PreTrainedModel,
+    blocks: Tensor,
+    batch: int,
+    mask: Tensor | None = None,
+    quiet: bool = False,
+    scratch: Path | None = None,
 ) -> Similarity:
     """Mean cosine similarity (Eq. 1) and relative change between every two boundaries, with standard errors.
 
     `blocks` (N, T) token ids; `mask` (N, T), 1 for tokens that count and 0 for padding. The mean is over tokens within
-    a sequence, then over sequences; the standard error is over sequences. Errors: UserError for non-finite states.
+    a sequence, then over sequences; the standard error is over sequences. Where the model's weights are not held, its
+    states go through a file in `scratch`. Errors: UserError for non-finite states, or a disk that is full.
     """
-    boundaries = len(layers_of(model)) + 1
-    sums = _Sums(boundaries)
+    sums = _Sums(len(layers_of(model)) + 1)
+    if mask is None and is_offloaded(model):
+        states = spooled(model, blocks.split(batch), scratch)
+    else:
+        states = _recorded(model, blocks.split(batch), None if mask is None else mask.split(batch))
     mask = torch.ones_like(blocks) if mask is None else mask
-    padded = not bool(mask.all())
-    with progress("analyzing", len(blocks), quiet) as advance, _Recorder(model).attached() as recorder:
-        for ids, counts in zip(blocks.split(batch), mask.split(batch), strict=True):
-            ids, counts = ids.to(model.device, torch.long), counts.to(model.device)
-            run_until_stopped(model, ids, counts if padded else None)
-            sums.add(*_pairwise(recorder.take(), counts))
-            advance(len(ids), "sequences")
+    with progress("analyzing", len(blocks), quiet) as advance:
+        for found, counts in zip(states, mask.split(batch), strict=True):
+            sums.add(*_pairwise(found, counts.to(model.device)))
+            advance(len(counts), "sequences")
     return sums.result(tokens=int(mask.sum()))
+
+
+def _recorded(
+    model: PreTrainedModel, batches: Sequence[Tensor], masks: Sequence[Tensor] | None
+) -> Iterator[list[Tensor]]:
+    """The states at all boundaries, a micro-batch at a time."""
+    with _Recorder(model).attached() as recorder:
+        for number, ids in enumerate(batches):
+            counts = None if masks is None or bool(masks[number].all()) else masks[number].to(model.device)
+            run_until_stopped(model, ids.to(model.device, torch.long), counts)
+            yield recorder.take()
 
 
 class _Recorder:
@@ -61,7 +81,7 @@ class _Recorder:
         return states
 
 
-def _pairwise(states: list[Tensor], mask: Tensor) -> tuple[Tensor, Tensor]:
+def _pairwise(states: Sequence[States], mask: Tensor) -> tuple[Tensor, Tensor]:
     """Per sequence the mean cosine and relative change between boundaries: two (B, L+1, L+1) in float32.
 
     Both come from one Gram matrix G of each token's states: cos = G_ij / sqrt(G_ii G_jj) and
@@ -70,7 +90,8 @@ def _pairwise(states: list[Tensor], mask: Tensor) -> tuple[Tensor, Tensor]:
     sequences, length = mask.shape
     cosine = torch.zeros(sequences, len(states), len(states), device=mask.device)
     change = torch.zeros_like(cosine)
-    step = max(1, _CHUNK_TOKENS // sequences)
+    width = len(states) * states[0].shape[-1] * 4 * sequences  # bytes of a token's float32 copies
+    step = max(1, min(_CHUNK_TOKENS // sequences, _CHUNK_BYTES // width))
     for first in range(0, length, step):
         part = slice(first, min(first + step, length))
         gram = _gram([state[:, part] for state in states])

@@ -14,6 +14,7 @@ from llm_streamline.errors import UserError, reason
 _COUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([kmbt]?)", re.IGNORECASE)
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*([smh]?)", re.IGNORECASE)
 _SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt])?(i)?b?", re.IGNORECASE)
 _SCALE = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 
 
@@ -33,6 +34,15 @@ def parse_duration(value: Any) -> Any:
     if not match:
         raise ValueError(f"{value!r} is no time; write a number with s, m or h, such as 5m")
     return float(match[1]) * _SECONDS[match[2].lower()]
+
+
+def parse_size(value: Any) -> Any:
+    """'3GB' -> 3000000000 bytes, '2GiB' -> 2147483648; numbers are bytes. Errors: ValueError for anything else."""
+    match = _SIZE.fullmatch(str(value).strip())
+    if not match:
+        raise ValueError(f"{value!r} is no size; write a number with MB, GB or GiB, such as 16GB")
+    scale = 1024 if match[3] else 1000
+    return round(float(match[1]) * scale ** " kmgt".index((match[2] or " ").lower()))
 
 
 def as_text(value: Any) -> Any:
@@ -59,6 +69,7 @@ def check_replace(value: str) -> str:
 
 Count = Annotated[int, BeforeValidator(parse_count), Field(gt=0)]
 Duration = Annotated[float, BeforeValidator(parse_duration), Field(gt=0)]
+Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -226,6 +237,11 @@ class Runtime(Schema):
     compute: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
         description="Number format to compute in; auto takes bfloat16 where the machine multiplies it fast.",
+    )
+    memory: Size | None = Field(
+        None,
+        description="Memory to keep within, e.g. 16GB; a model that needs more is read from the disk layer by layer. "
+        "[default: what the machine, or the container, has]",
     )
     threads: int | None = Field(None, gt=0, description="CPU threads. [default: torch's choice]")
     tasks: Annotated[tuple[str, ...], BeforeValidator(as_several)] = Field(

@@ -147,7 +147,8 @@ def describe(plan: LayerPlan) -> str:
 def measure(work: Workspace) -> Similarity:
     """Stage 1: the similarity of every window on the calibration part."""
     calibration = work.parts.calibration  # read before the model, so that unusable text is refused first
-    return analyze(work.model, calibration, work.batch(FORWARD_TOKENS), quiet=work.runtime.quiet)
+    scratch = work.scratch if work.offloads else None
+    return analyze(work.model, calibration, work.batch(FORWARD_TOKENS), quiet=work.runtime.quiet, scratch=scratch)
 
 
 def draw_choice(similarity: Similarity, plan: LayerPlan, folder: RunFolder) -> None:
@@ -221,7 +222,9 @@ def assemble_model(
     source = work.model_as_saved()
     replacement = load_replacement(work, plan, folder) if plan.occupied else ReplacementLayers()
     files = source_files(work.source.path)
-    parts = ModelParts(source, plan, replacement, work.tokenizer, [file for file in files if is_licence(file)])
+    parts = ModelParts(
+        source, plan, replacement, work.tokenizer, [file for file in files if is_licence(file)], work.memory
+    )
     manifest = Manifest(
         command=work.runtime.command,
         recipe=work.recipe.model_dump(mode="json", exclude_none=True),
@@ -256,7 +259,7 @@ def score(work: Workspace, plan: LayerPlan, folder: RunFolder) -> Scores:
 
 def tasks_to_ask(work: Workspace) -> list[Task]:
     """What is asked in the end, besides questions of the run's own text. Errors: UserError."""
-    given = work.runtime.tasks
+    given = tasks_given(work)
     if NO_TASKS in given and len(set(given)) > 1:
         raise UserError("--tasks none was given together with other tasks; give either.")
     tasks = open_tasks([name for name in given if name != NO_TASKS], None)
@@ -266,6 +269,11 @@ def tasks_to_ask(work: Workspace) -> list[Task]:
     return tasks
 
 
+def tasks_given(work: Workspace) -> tuple[str, ...]:
+    """What was asked for; nothing, where nothing was said and each question would read the model from the disk."""
+    return (NO_TASKS,) if work.offloads and "tasks" not in work.runtime.model_fields_set else work.runtime.tasks
+
+
 def evaluate_models(
     work: Workspace, plan: LayerPlan, tasks: list[Task], folder: RunFolder
 ) -> tuple[Evaluation | None, bool]:
@@ -273,7 +281,7 @@ def evaluate_models(
 
     None where nothing was to be asked; what an earlier run has asked is not asked again.
     """
-    if NO_TASKS in work.runtime.tasks:
+    if NO_TASKS in tasks_given(work):
         return None, False
     if folder.has(EVALUATION):
         kept = Evaluation.read(folder.path / EVALUATION)

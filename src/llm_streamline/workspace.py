@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import TypeVar
 
-import psutil
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -16,12 +19,19 @@ from llm_streamline import checkpoint
 from llm_streamline.errors import UserError
 from llm_streamline.families import parameter_counts
 from llm_streamline.files import TEMPORARY, write_text
+from llm_streamline.memory import memory_limit
+from llm_streamline.offload import is_offloaded, round_stored, stored_weights
+from llm_streamline.progress import say
 from llm_streamline.recipe import Recipe, Runtime, changed_keys, read_yaml, to_yaml
 from llm_streamline.records import Inputs, ModelShape, Record
 from llm_streamline.replacement import ReplacementLayers, build_replacement
 from llm_streamline.text import Parts, read_parts
 
 RECIPE = "recipe.yaml"
+TRAINING_BYTES = (
+    24  # of a trained parameter: its float32 weight, gradient, two moments, best value, and a copy to write
+)
+LIBRARIES = 2**29  # bytes that torch and its like take
 R = TypeVar("R", bound=Record)
 
 
@@ -92,8 +102,7 @@ class Workspace:
 
     @cached_property
     def _without_weights(self) -> PreTrainedModel:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(self.config)
+        return checkpoint.without_weights(self.config)
 
     @cached_property
     def shape(self) -> ModelShape:
@@ -159,14 +168,47 @@ class Workspace:
 
     def _refuse_overflow(self, model: PreTrainedModel) -> None:
         largest = torch.finfo(self.dtype).max
-        if self.recipe.dtype and any(bool((p.abs() > largest).any()) for p in model.parameters()):
+        if not self.recipe.dtype:
+            return
+        held = ((name, value) for name, value in model.named_parameters() if not value.is_meta)
+        stored = stored_weights(model) if is_offloaded(model) else ()
+        if any(bool((value.abs() > largest).any()) for _, value in chain(held, stored)):
             raise UserError(f"--dtype {self.recipe.dtype} cannot hold the model's weights; use bfloat16 or float32.")
 
     def load(self, source: checkpoint.Source) -> PreTrainedModel:
-        return checkpoint.load_model(source, self.compute_dtype, self.device)
+        offload = self.scratch if self.offloads else None
+        return checkpoint.load_model(source, self.compute_dtype, self.device, offload)
+
+    @cached_property
+    def offloads(self) -> bool:
+        """Whether the model's layers stay on the disk, as they would not fit beside what is trained."""
+        offloads = not self._fits(self.compute_dtype.itemsize)
+        if offloads:
+            say(
+                f"the model does not fit in {self.memory / 1e9:.1f} GB: its layers are read from the disk, one by one",
+                self.runtime.quiet,
+            )
+        return offloads
+
+    def _fits(self, bytes_each: int) -> bool:
+        """Whether so many bytes for each of the model's parameters fit, beside the replacement in training."""
+        trained = self.shape.network or max(self.shape.layers) * self.recipe.occupied
+        return self.shape.total * bytes_each + trained * TRAINING_BYTES + LIBRARIES <= self.memory
+
+    @cached_property
+    def scratch(self) -> Path:
+        """A folder for what is too large for memory; gone with the workspace, or with the next run's beginning."""
+        output = None if self.runtime.dry_run else self.runtime.output
+        if output is not None:
+            output.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=output))
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        return folder
 
     def load_saved(self, folder: Path, custom_code: bool) -> PreTrainedModel:
         """A model that this run has written and verified, in the number format to compute in."""
+        if self.offloads and not custom_code:
+            return self.load(checkpoint.Source(str(folder)))
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=self.compute_dtype, trust_remote_code=custom_code)
         return model.to(self.device).eval().requires_grad_(False)
 
@@ -184,7 +226,11 @@ class Workspace:
         same = self.model.dtype == torch.float32 and self.dtype == self.checkpoint_dtype
         if same and self.device == "cpu":
             return self.model
-        return checkpoint.round_weights(checkpoint.load_model(self.source, torch.float32), self.dtype)
+        offload = None if self._fits(4 + self.compute_dtype.itemsize) else self.scratch
+        model = checkpoint.load_model(self.source, torch.float32, offload=offload)
+        if is_offloaded(model):
+            round_stored(model, self.dtype)
+        return checkpoint.round_weights(model, self.dtype)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -204,9 +250,11 @@ class Workspace:
     @cached_property
     def memory(self) -> int:
         """Bytes of memory where the model computes, in use or not: a default taken from it can be repeated."""
+        if self.runtime.memory is not None:
+            return self.runtime.memory
         if self.device.startswith("cuda"):
             return torch.cuda.mem_get_info(self.device)[1]
-        return psutil.virtual_memory().total
+        return memory_limit()
 
     def batch(self, tokens: int) -> int:
         """Sequences that make up about `tokens` tokens."""
