@@ -84,7 +84,13 @@ def test_every_module_has_its_tests():
         "networks": "replacement",
         "custom_code": "replacement",
     }
-    elsewhere |= {"layerwise": "offload", "memory": "offload", "spool": "offload", "quantities": "recipe"}
+    elsewhere |= {
+        "layerwise": "offload",
+        "memory": "offload",
+        "spool": "offload",
+        "stored": "offload",
+        "quantities": "recipe",
+    }
     elsewhere |= {"passages": "train", "history": "train", "interruption": "snapshot"}
     elsewhere |= {"charts": "page", "verdict": "page"}
     elsewhere |= {"workspace": "run", "checkpoint": "cli", "records": "choose", "errors": "cli"}

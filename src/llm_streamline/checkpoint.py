@@ -22,6 +22,7 @@ from llm_streamline.errors import UserError, reason
 from llm_streamline.families import NOT_PROVEN, family_of, layers_prefix
 from llm_streamline.files import sha256
 from llm_streamline.offload import device_map
+from llm_streamline.stored import open_stored
 
 BUNDLED = "bundled"
 _LOOK = 4096  # bytes in the middle of each tensor
@@ -111,6 +112,8 @@ def load_model(
     config = load_config(source)
     check_weights(source)
     places: dict[str, Any] = {}
+    if offload is not None and (found := _stored(source, config, dtype, device)) is not None:
+        return found.eval().requires_grad_(False)
     if offload is not None:
         places = {"device_map": device_map(without_weights(config), device), "offload_folder": offload}
     try:
@@ -132,6 +135,12 @@ def load_model(
     if offload is None:
         model = model.to(device)
     return model.eval().requires_grad_(False)
+
+
+def _stored(source: Source, config: PretrainedConfig, dtype: torch.dtype | str, device: str) -> PreTrainedModel | None:
+    files = [Path(source.path) / shard for shard in (_shards(Path(source.path)) if Path(source.path).is_dir() else [])]
+    wanted = checkpoint_dtype(source, config) if isinstance(dtype, str) else dtype
+    return open_stored(config, files, wanted, device) if files else None
 
 
 def without_weights(config: PretrainedConfig) -> PreTrainedModel:

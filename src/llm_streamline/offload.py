@@ -43,8 +43,8 @@ def _placed(module: nn.Module, layers: str, device: str, prefix: str) -> dict[st
 
 
 def is_offloaded(model: PreTrainedModel) -> bool:
-    """Whether the decoder layers' weights are not held."""
-    return any(parameter.is_meta for parameter in layers_of(model)[0].parameters())
+    """Whether some weights are not held; those are the decoder layers'."""
+    return any(parameter.is_meta for parameter in model.parameters())
 
 
 def _hooks(module: nn.Module) -> list[tuple[nn.Module, Any]]:

@@ -207,7 +207,7 @@ class Workspace:
 
     def load_saved(self, folder: Path, custom_code: bool) -> PreTrainedModel:
         """A model that this run has written and verified, in the number format to compute in."""
-        if self.offloads and not custom_code:
+        if not custom_code and self.offloads:
             return self.load(checkpoint.Source(str(folder)))
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=self.compute_dtype, trust_remote_code=custom_code)
         return model.to(self.device).eval().requires_grad_(False)
