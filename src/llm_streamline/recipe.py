@@ -216,6 +216,7 @@ class Runtime(Schema):
         description="How often training writes its state, from which the same command continues after any "
         "interruption, e.g. 2s, 5m or 1h. [default: 5m]",
     )
+    fresh: bool = Field(False, description="Begin again: delete what an earlier run left in the output folder.")
     tracker: str | None = Field(
         None,
         description="Also log the training curve to an accelerate tracker: tensorboard, wandb, trackio, ...",

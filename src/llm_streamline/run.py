@@ -21,6 +21,7 @@ from llm_streamline.errors import UserError
 from llm_streamline.evaluation import EVALUATION, Evaluation, Request, Result
 from llm_streamline.files import atomic, remove_leftovers, sha256
 from llm_streamline.forward import substituted
+from llm_streamline.lock import run_lock
 from llm_streamline.oracle import MANIFEST, versions
 from llm_streamline.page import PAGE, write_evaluation_report, write_report
 from llm_streamline.progress import say
@@ -35,7 +36,7 @@ from llm_streamline.scoring.perplexity import next_token_loss
 from llm_streamline.snapshot import Snapshot
 from llm_streamline.text import shuffled
 from llm_streamline.train import Settings, Track, Trainer, rates
-from llm_streamline.workspace import RunFolder, Workspace, own_contents
+from llm_streamline.workspace import RunFolder, Workspace, output_folder, own_contents
 
 NO_TASKS = "none"
 SNAPSHOT = "checkpoint.safetensors"  # the state of a training that has not come to its end
@@ -46,15 +47,20 @@ def compress(recipe: Recipe, runtime: Runtime | None = None) -> Result:
     """Find the redundant layers, remove them, train their replacement, write a verified HuggingFace folder.
 
     Returns what lies in `runtime.output`. Errors: UserError before anything is written where the recipe cannot be
-    followed; VerificationError where the result does not compute what it should.
+    followed, or another run holds the folder; VerificationError where the result does not compute what it should.
     """
     runtime = runtime or Runtime()
-    folder = RunFolder.open(runtime.output, recipe)
+    with run_lock(output_folder(runtime.output)):
+        return _compress(recipe, runtime)
+
+
+def _compress(recipe: Recipe, runtime: Runtime) -> Result:
+    folder = RunFolder.open(runtime.output, recipe, runtime.fresh)
     work = Workspace(recipe, runtime)
     check_all(work)
-    check_inputs(work, folder)
+    folder.check_inputs(work.inputs)
     tasks = tasks_to_ask(work)
-    remove_leftovers(folder.path)
+    folder.begin()
     similarity = folder.stage("similarity.json", Similarity, lambda: measure(work))
     folder.stage("inputs.json", Inputs, work.inputs)
     plan = folder.stage("plan.json", LayerPlan, lambda: decide(work, similarity))
@@ -85,7 +91,7 @@ def evaluate(request: Request, runtime: Runtime) -> Evaluation:
 def plan_only(recipe: Recipe, runtime: Runtime) -> LayerPlan:
     """The plan that `compress` would follow; nothing is written."""
     if runtime.output is not None:
-        RunFolder.open(runtime.output, recipe)
+        RunFolder.open(runtime.output, recipe, runtime.fresh)
     work = Workspace(recipe, runtime)
     check_all(work)
     return decide(work, measure(work))
@@ -104,18 +110,6 @@ def check_all(work: Workspace) -> None:
     rates(work.recipe, work.config.hidden_size)
     check_tracker(work.runtime.tracker)
     assert work.device
-
-
-def check_inputs(work: Workspace, folder: RunFolder) -> None:
-    """Refuse to continue a run whose model or text is not what it began with. Errors: UserError."""
-    if folder.has("inputs.json") and not folder.has("scores.json"):
-        then, now = Inputs.read(folder.path / "inputs.json"), work.inputs()
-        if then != now:
-            what = "model" if then.model != now.model else "text"
-            raise UserError(
-                f"the {what} is not the one that the run in {folder.path} began with; "
-                "put it back, delete the folder, or give another."
-            )
 
 
 def check_tracker(name: str | None) -> None:
@@ -328,8 +322,13 @@ def publish_scores(scores: Scores, evaluation: Evaluation | None, folder: RunFol
 
 def analyze_model(recipe: Recipe, runtime: Runtime) -> tuple[Similarity, Path]:
     """`similarity.json` and its figures in a folder of their own. Errors: UserError for a folder that is not ours."""
-    folder = runtime.output or Path(f"{Path(recipe.model).name}-analysis")
-    if folder.exists() and (not folder.is_dir() or own_contents(folder) - ANALYSIS_FILES):
+    folder = output_folder(runtime.output or Path(f"{Path(recipe.model).name}-analysis"))
+    with run_lock(folder):
+        return _analyze_model(recipe, runtime, folder), folder
+
+
+def _analyze_model(recipe: Recipe, runtime: Runtime, folder: Path) -> Similarity:
+    if own_contents(folder) - ANALYSIS_FILES:
         raise UserError(f"-o {folder} holds other things than an analysis; give a folder that is new or empty.")
     work = Workspace(recipe.model_copy(update={"replace": "none"}), runtime)  # which needs no text to train on
     check_protected(work.shape, recipe)
@@ -338,7 +337,7 @@ def analyze_model(recipe: Recipe, runtime: Runtime) -> tuple[Similarity, Path]:
     similarity.write(folder / "similarity.json")
     figures.draw_similarity(similarity, folder / "similarity.png")
     figures.draw_heat_map(similarity, folder / "heat-map.png")
-    return similarity, folder
+    return similarity
 
 
 ANALYSIS_FILES = {"similarity.json", "similarity.png", "heat-map.png"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 import weakref
@@ -18,7 +19,8 @@ from transformers.utils import logging
 from llm_streamline import checkpoint
 from llm_streamline.errors import UserError
 from llm_streamline.families import parameter_counts
-from llm_streamline.files import TEMPORARY, write_text
+from llm_streamline.files import TEMPORARY, remove, remove_leftovers, write_text
+from llm_streamline.lock import LOCK
 from llm_streamline.memory import memory_limit
 from llm_streamline.offload import is_offloaded, round_stored, stored_weights
 from llm_streamline.progress import say
@@ -28,6 +30,11 @@ from llm_streamline.replacement import ReplacementLayers, build_replacement
 from llm_streamline.text import Parts, read_parts
 
 RECIPE = "recipe.yaml"
+MADE = {  # what a run makes in its folder: all that --fresh may delete
+    *("inputs.json", "similarity.json", "similarity.png", "heat-map.png", "plan.json", "checkpoint.safetensors"),
+    *("tracking", "replacement", "model", "scores.json", "own-text.jsonl", "items", "scores", "evaluation.json"),
+    *("report.html", RECIPE),
+}
 TRAINING_BYTES = (
     24  # of a trained parameter: its float32 weight, gradient, two moments, best value, and a copy to write
 )
@@ -36,36 +43,69 @@ R = TypeVar("R", bound=Record)
 
 
 def own_contents(folder: Path) -> set[str]:
-    """Names in a folder, but for what a killed run left half-written."""
+    """Names in a folder, but for the lock's and what a killed run left half-written."""
     if not folder.exists():
         return set()
-    return {entry.name for entry in folder.iterdir() if not entry.name.startswith(TEMPORARY)}
+    return {entry.name for entry in folder.iterdir() if not entry.name.startswith((TEMPORARY, LOCK))}
+
+
+def output_folder(path: Path | None) -> Path:
+    """Where to write, which need not exist yet. Errors: UserError for no path, or that of a file."""
+    if path is None:
+        raise UserError("no output folder was given; name one with -o, such as -o streamlined.")
+    if path.exists() and not path.is_dir():
+        raise UserError(f"-o {path} is a file; give a folder that is new or empty.")
+    return path
 
 
 class RunFolder:
     """The run folder: a stage whose file is there is done. Nothing is made on disk before the first result."""
 
-    def __init__(self, path: Path, recipe: Recipe) -> None:
-        self.path, self._recipe = path, recipe
+    def __init__(self, path: Path, recipe: Recipe, fresh: bool = False) -> None:
+        self.path, self._recipe, self._fresh = path, recipe, fresh
 
     @classmethod
-    def open(cls, path: Path | None, recipe: Recipe) -> RunFolder:
-        """Continue or begin a run in `path`. Errors: UserError where it is not ours to continue."""
-        if path is None:
-            raise UserError("no output folder was given; name one with -o, such as -o streamlined.")
-        if path.exists() and not path.is_dir():
-            raise UserError(f"-o {path} is a file; give a folder that is new or empty.")
+    def open(cls, path: Path | None, recipe: Recipe, fresh: bool = False) -> RunFolder:
+        """Continue or begin a run in `path`. Errors: UserError where it is not ours to continue, or to delete."""
+        path = output_folder(path)
         contents = own_contents(path)
-        if RECIPE in contents:
+        fresh = fresh and RECIPE in contents
+        if fresh:
+            check_deletable(path, contents, recipe)
+        elif RECIPE in contents:
             changed = changed_keys(Recipe(**read_yaml(path / RECIPE)), recipe)
             if changed:
                 raise UserError(
                     f"-o {path} holds a run of another recipe ({', '.join(changed)} changed); "
-                    "repeat the command as it was, delete the folder, or give another."
+                    "repeat the command as it was, begin again with --fresh, or give another folder."
                 )
         elif contents:
             raise UserError(f"-o {path} is not empty and not a run of this tool; give a folder that is new or empty.")
-        return cls(path, recipe)
+        return cls(path, recipe, fresh)
+
+    def check_inputs(self, inputs: Callable[[], Inputs]) -> None:
+        """Refuse to continue a run whose model or text is not what it began with. Errors: UserError."""
+        if self.has("inputs.json") and not self.has("scores.json") and not self._fresh:
+            then, now = Inputs.read(self.path / "inputs.json"), inputs()
+            if then != now:
+                what = "model" if then.model != now.model else "text"
+                raise UserError(
+                    f"the {what} is not the one that the run in {self.path} began with; "
+                    "put it back, begin again with --fresh, or give another folder."
+                )
+
+    def begin(self) -> None:
+        """Delete what a killed run left half-written and, to begin afresh, all that an earlier run made.
+
+        The recipe goes last: until then the folder is known as a run. Errors: UserError where something stays.
+        """
+        remove_leftovers(self.path)
+        if self._fresh:
+            for name in MADE - {RECIPE}:
+                remove(self.path / name)
+            if left := own_contents(self.path) - {RECIPE}:
+                raise UserError(f"{self.path / min(left)} cannot be deleted; delete it yourself, or give another -o.")
+            remove(self.path / RECIPE)
 
     def file(self, name: str) -> Path:
         """Where a result belongs, with the recipe lying beside it before it is made."""
@@ -83,6 +123,16 @@ class RunFolder:
         record = make()
         record.write(self.file(name))
         return record
+
+
+def check_deletable(folder: Path, contents: set[str], recipe: Recipe) -> None:
+    """Errors: UserError where --fresh would take more than an earlier run's results, or what this one reads."""
+    if foreign := contents - MADE:
+        raise UserError(f"--fresh would delete {folder / min(foreign)}, which no run made; move it away.")
+    for name in (recipe.model, *recipe.data):
+        path = Path(re.sub(r"@[\d.]+$|[^/]*[*?\[].*$", "", name))  # without a share; of a pattern, its folder
+        if path.exists() and path.resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"--fresh would delete {name}, which this run reads; give another -o.")
 
 
 class Workspace:
