@@ -10,6 +10,7 @@ from llm_streamline import layerwise, run
 from llm_streamline.analyze import analyze
 from llm_streamline.checkpoint import Source, load_model
 from llm_streamline.errors import UserError
+from llm_streamline.estimate import Estimate
 from llm_streamline.families import layers_of
 from llm_streamline.layerwise import Layerwise, grouped, logits_of
 from llm_streamline.memory import memory_limit
@@ -24,6 +25,7 @@ from tests import tiny
 
 BATCHES = [tiny.random_ids(2, 16), tiny.random_ids(2, 16, seed=3), tiny.random_ids(1, 16, seed=4)]
 WINDOW = Window(start=1, stop=4)
+LITTLE = "0.1GB"
 
 
 @pytest.fixture
@@ -134,17 +136,18 @@ def test_stored_weights_are_rounded_as_a_save_rounds(pair):
 
 @pytest.mark.parametrize("name", ["llama", "opt", "gpt2-untied", "qwen3_moe", "gemma3_text-period"])
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
-def test_a_model_that_does_not_fit_gives_the_same_model(name, dtype, tmp_path, capsys):
+def test_a_model_that_does_not_fit_gives_the_same_model(name, dtype, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Estimate, "problem", lambda *_: None)  # torch alone takes more than these models
     folder = tiny.make_folder(tmp_path / "model", name)
     text = tiny.write_jsonl(tmp_path / "text.jsonl", tiny.make_documents(200))
     recipe = Recipe(model=folder.as_posix(), data=text, remove=2, block=32, tokens=2000, dtype=dtype, batch=2)
     results = {}
-    for memory in ("16GB", "0.1GB"):
+    for memory in ("16GB", LITTLE):
         out = tmp_path / memory
         results[memory] = run.compress(recipe, Runtime(output=out, memory=memory, tasks="none", compute="float32"))
         assert not list(out.glob(".partial-*"))
         read = "its layers are read from the disk" in capsys.readouterr().err
-        assert read == (memory == "0.1GB")
+        assert read == (memory == LITTLE)
     held, stored = results.values()
     assert stored.plan == held.plan and stored.scores == held.scores
     assert stored.fit.curve == held.fit.curve and stored.verification.passed

@@ -22,8 +22,9 @@ from llm_streamline.errors import StreamlineError, VerificationError
 from llm_streamline.families import layers_of, layers_prefix, sliced_config, sliding_window
 from llm_streamline.files import atomic
 from llm_streamline.forward import returned_values, substituted
+from llm_streamline.memory import memory_limit
 from llm_streamline.networks import NetworkLayer, install
-from llm_streamline.offload import is_offloaded, lend, save_lent
+from llm_streamline.offload import is_offloaded, lend, save_lent, shard_bytes
 from llm_streamline.oracle import (
     FOLDER,
     MANIFEST,
@@ -96,7 +97,7 @@ def _write_model(parts: Parts, dtype: torch.dtype, folder: Path) -> dict[str, in
         assert isinstance(layer, NetworkLayer)
         write_custom_code(model, layer.spec, folder)
     elif is_offloaded(parts.source):
-        save_lent(model, folder)
+        save_lent(model, folder, shard_bytes(parts.memory or memory_limit()))
     else:
         model.save_pretrained(folder)
     if parts.source.can_generate():  # as it is: some published ones would be refused by transformers' own save

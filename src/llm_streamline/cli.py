@@ -16,7 +16,7 @@ import typer
 
 from llm_streamline import __version__
 from llm_streamline.errors import StreamlineError
-from llm_streamline.flags import NOT_EVALUATE, ONLY_COMPRESS, command_line, with_flags
+from llm_streamline.flags import NOT_ESTIMATE, NOT_EVALUATE, ONLY_COMPRESS, command_line, with_flags
 from llm_streamline.interruption import stop_at_once
 
 if TYPE_CHECKING:
@@ -105,6 +105,17 @@ def demo(
     _print(json_output, {"accuracy": answers, **json.loads(result.model_dump_json())}, [*_summary(result), line])
 
 
+def estimate(recipe: Recipe, runtime: Runtime) -> None:
+    """Tell what a run takes before it is begun: memory, disk, tokens and time of every stage.
+
+    From the configuration alone, and a layer of the model's kind that is timed for a moment; no weights are read.
+    """
+    from llm_streamline import report, run
+
+    found = run.estimate_only(recipe, runtime)
+    _print(runtime.json_output, found, [report.estimate_table(found), *report.estimate_lines(found)])
+
+
 def families(
     json_output: Annotated[bool, typer.Option("--json", help="Print the list as JSON on stdout.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the trace of an error.")] = False,
@@ -190,6 +201,14 @@ COMMANDS: dict[str, tuple[Callable[..., None], str, set[str] | None]] = {
             "llm-streamline compress bundled --data bundled --remove 3 --dry-run --json",
         ),
         set(),
+    ),
+    "estimate": (
+        estimate,
+        _examples(
+            "llm-streamline estimate bundled --remove 25%",
+            "llm-streamline estimate bundled --tokens 20k --memory 1GB --json",
+        ),
+        NOT_ESTIMATE,
     ),
     "analyze": (
         analyze,

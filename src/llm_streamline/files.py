@@ -71,6 +71,11 @@ def storage_sentence(error: BaseException, target: Path) -> str:
     )
 
 
+def free_space(folder: Path | None) -> int:
+    """Bytes free where a folder is, or would be made; here, where none is named."""
+    return shutil.disk_usage(existing_parent((folder or Path()) / "x")).free
+
+
 def existing_parent(path: Path) -> Path:
     return next(parent for parent in path.absolute().parents if parent.exists())
 

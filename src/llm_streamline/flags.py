@@ -32,6 +32,7 @@ ONLY_COMPRESS = {
     ),
     *("weight_decay", "warmup", "clip", "dtype", "preset", "dry_run", "tracker", "tasks", "checkpoint_every", "fresh"),
 }
+NOT_ESTIMATE = {"dry_run", "tracker", "tasks", "checkpoint_every", "fresh", "seed", "lr", "min_lr", "clip", "warmup"}
 NOT_EVALUATE = {"tracker", "dry_run", "models", "checkpoint_every", "fresh"}
 
 

@@ -1,4 +1,4 @@
-"""How much memory there is to work with, containers' limits included."""
+"""How much memory there is to work with, containers' limits included, and the micro-batches that it holds."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ from pathlib import Path
 
 import psutil
 
+from llm_streamline.recipe import Recipe
+
+FORWARD_TOKENS = 4096  # of a micro-batch where nothing is trained
+FEWEST_STEPS = 250
+LARGEST_BATCH_TOKENS = 16_384
 # of a container, as control groups of version 2 and 1 tell it from inside
 _LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
@@ -13,6 +18,14 @@ _LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_b
 def memory_limit() -> int:
     """Bytes that this process may use: the machine's memory, or what its control group allows of it."""
     return min([psutil.virtual_memory().total, *(limit for path in _limit_files() if (limit := _read(path)))])
+
+
+def held() -> int:
+    """Bytes that this process holds and cannot give back: its anonymous memory, where the system tells it."""
+    words = _lines(Path("/proc/self/status"))
+    if "RssAnon:" in words:
+        return int(words[words.index("RssAnon:") + 1]) * 1024
+    return psutil.Process().memory_info().rss
 
 
 def _limit_files() -> list[Path]:
@@ -37,3 +50,16 @@ def _lines(path: Path) -> list[str]:
 def _read(path: Path) -> int | None:
     words = _lines(path)
     return int(words[0]) if words and words[0].isdigit() else None  # 'max' is no limit
+
+
+def default_batch(blocks: tuple[int, int], recipe: Recipe, width: int, memory: int) -> int:
+    """Sequences per micro-batch of training on (N, T) token ids.
+
+    At least 250 steps, at most 16k tokens a step, and what a quarter of memory holds.
+    """
+    count, block = blocks
+    for_steps = count // (FEWEST_STEPS * recipe.accumulate)
+    for_tokens = LARGEST_BATCH_TOKENS // block
+    # about 64 float32 values of the model's width are alive per token and layer while it trains
+    for_memory = memory // 4 // (block * width * 4 * 64 * (recipe.occupied + 1))
+    return max(1, min(for_steps, for_tokens, for_memory))

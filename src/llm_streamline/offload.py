@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from llm_streamline.families import family_of, layers_of
 
-SHARD = "500MB"  # what is written at once of a model that does not fit
+SMALLEST_SHARD, LARGEST_SHARD = 10**8, 5 * 10**9  # bytes written at once of a model that does not fit
 
 
 def device_map(model: PreTrainedModel, device: str) -> dict[str, str]:
@@ -137,9 +137,14 @@ def lend(source: nn.Module, layer: nn.Module, dtype: torch.dtype) -> None:
     add_hook_to_module(layer, AlignDevicesHook(offload=True, weights_map=_Lent(source, dtype), place_submodules=True))
 
 
-def save_lent(model: PreTrainedModel, folder: Path) -> None:
-    """Save a model whose layers are lent, a shard at a time."""
+def shard_bytes(memory: int) -> int:
+    """What of a model is written at once where so many bytes of memory are there: a sixteenth of them."""
+    return max(SMALLEST_SHARD, min(memory // 16, LARGEST_SHARD))
+
+
+def save_lent(model: PreTrainedModel, folder: Path, shard: int) -> None:
+    """Save a model whose layers are lent, `shard` bytes at a time."""
     model.hf_device_map = {"": "disk"}  # by which transformers knows to look for what is on no device
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded modules")
-        model.save_pretrained(folder, max_shard_size=SHARD)
+        model.save_pretrained(folder, max_shard_size=shard)

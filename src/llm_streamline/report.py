@@ -23,10 +23,39 @@ from llm_streamline.records import (
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from llm_streamline.estimate import Estimate
     from llm_streamline.evaluation import Evaluation, ModelScore
 
 MOST_OF_A_GROUP = 12  # tasks that the terminal lists one by one
 USUAL_SHARES = (0.125, 0.25, 0.375, 0.5)
+
+
+def estimate_table(found: Estimate) -> Table:
+    """A line per stage: what it takes of memory and disk, and how long its tokens take."""
+    table = _table("stage", "memory", "of", "disk", "tokens", "time, at most")
+    for stage in found.stages:
+        there = f"{found.available(stage) / 1e9:.1f} GB"
+        spent = "" if stage.seconds is None else _duration(stage.seconds)
+        sizes = (f"{stage.memory / 1e9:.2f} GB", there, f"{stage.disk / 1e9:.2f} GB")
+        table.add_row(stage.name, *sizes, f"{stage.tokens:,}", spent)
+    return table
+
+
+def estimate_lines(found: Estimate) -> list[str]:
+    """How the model is held, and what would help where something does not fit."""
+    lines = ["the model is held in memory"]
+    if found.offloaded:
+        lines = ["the model does not fit: its layers are read from the disk, each once for 32k tokens"]
+    elif found.writes_offloaded:
+        lines = ["the model is held in memory while it computes, and written and checked layer by layer"]
+    problem = found.problem(found.disk)
+    return [*lines, *([f"does not fit: {problem}"] if problem else [])]
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def layer_table(similarity: Similarity) -> Table:

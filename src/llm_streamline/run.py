@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,12 +19,14 @@ from llm_streamline.card import CARD, is_licence, origin, source_files, write_ca
 from llm_streamline.choose import check_protected, check_request, choose
 from llm_streamline.comparison import CUT, SAVED
 from llm_streamline.errors import UserError
+from llm_streamline.estimate import Estimate, sizes_of
 from llm_streamline.evaluation import EVALUATION, Evaluation, Request, Result
-from llm_streamline.files import atomic, remove_leftovers, sha256
+from llm_streamline.files import atomic, free_space, remove_leftovers, sha256
 from llm_streamline.forward import substituted
 from llm_streamline.lock import run_lock
 from llm_streamline.oracle import MANIFEST, versions
 from llm_streamline.page import PAGE, write_evaluation_report, write_report
+from llm_streamline.probe import probe, timed
 from llm_streamline.progress import say
 from llm_streamline.recipe import Recipe, Runtime
 from llm_streamline.records import Fit, Inputs, LayerPlan, Manifest, Scores, Similarity, Verification
@@ -97,6 +100,15 @@ def plan_only(recipe: Recipe, runtime: Runtime) -> LayerPlan:
     return decide(work, measure(work))
 
 
+def estimate_only(recipe: Recipe, runtime: Runtime) -> Estimate:
+    """What the run would take, with its seconds; nothing is written, and no weights or text are read."""
+    work = Workspace(recipe, runtime)
+    check_request(work.shape, work.recipe)
+    sizes = sizes_of(work)
+    rates = probe(work.config, sizes, work.compute_dtype, work.device, recipe.replace)
+    return timed(work.estimate, sizes, rates)
+
+
 def decide(work: Workspace, similarity: Similarity) -> LayerPlan:
     """Stage 2: the window. Errors: UserError where its first layers cannot give what is to stand in."""
     plan = choose(similarity, work.shape, work.recipe)
@@ -109,7 +121,7 @@ def check_all(work: Workspace) -> None:
     work.check_replacement(check_request(work.shape, work.recipe))
     rates(work.recipe, work.config.hidden_size)
     check_tracker(work.runtime.tracker)
-    assert work.device
+    work.estimate.check(free_space(work.runtime.output))
 
 
 def check_tracker(name: str | None) -> None:
@@ -178,6 +190,8 @@ def train_replacement(work: Workspace, plan: LayerPlan, folder: RunFolder) -> Fi
         figures.draw_training(fit, temporary / "training.png")
         fit.write(temporary / "fit.json")
     snapshot.remove()
+    del trainer, replacement
+    gc.collect()  # the optimizer is part of a cycle, and its moments are as large as the replacement twice
     return fit
 
 

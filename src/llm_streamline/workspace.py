@@ -18,7 +18,8 @@ from transformers.utils import logging
 
 from llm_streamline import checkpoint
 from llm_streamline.errors import UserError
-from llm_streamline.families import parameter_counts
+from llm_streamline.estimate import Estimate, estimate_of
+from llm_streamline.families import layers_of, parameter_counts
 from llm_streamline.files import TEMPORARY, remove, remove_leftovers, write_text
 from llm_streamline.lock import LOCK
 from llm_streamline.memory import memory_limit
@@ -230,20 +231,24 @@ class Workspace:
         return checkpoint.load_model(source, self.compute_dtype, self.device, offload)
 
     @cached_property
+    def largest_weight(self) -> int:
+        """Numbers in the largest weight of a decoder layer."""
+        return max(value.numel() for layer in layers_of(self._without_weights) for value in layer.parameters())
+
+    @cached_property
+    def estimate(self) -> Estimate:
+        return estimate_of(self)
+
+    @cached_property
     def offloads(self) -> bool:
-        """Whether the model's layers stay on the disk, as they would not fit beside what is trained."""
-        offloads = not self._fits(self.compute_dtype.itemsize)
+        """Whether the model's layers stay on the disk, as some stage would not fit with all of them held."""
+        offloads = self.estimate.offloaded
         if offloads:
             say(
                 f"the model does not fit in {self.memory / 1e9:.1f} GB: its layers are read from the disk, one by one",
                 self.runtime.quiet,
             )
         return offloads
-
-    def _fits(self, bytes_each: int) -> bool:
-        """Whether so many bytes for each of the model's parameters fit, beside the replacement in training."""
-        trained = self.shape.network or max(self.shape.layers) * self.recipe.occupied
-        return self.shape.total * bytes_each + trained * TRAINING_BYTES + LIBRARIES <= self.memory
 
     @cached_property
     def scratch(self) -> Path:
@@ -262,6 +267,11 @@ class Workspace:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=self.compute_dtype, trust_remote_code=custom_code)
         return model.to(self.device).eval().requires_grad_(False)
 
+    @cached_property
+    def ram(self) -> int:
+        """Bytes of memory of the machine, where models are written and checked whatever computes them."""
+        return self.runtime.memory if self.runtime.memory and self.device == "cpu" else memory_limit()
+
     @property
     def compute_dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.bfloat16 else torch.float32
@@ -276,7 +286,7 @@ class Workspace:
         same = self.model.dtype == torch.float32 and self.dtype == self.checkpoint_dtype
         if same and self.device == "cpu":
             return self.model
-        offload = None if self._fits(4 + self.compute_dtype.itemsize) else self.scratch
+        offload = self.scratch if self.estimate.writes_offloaded else None
         model = checkpoint.load_model(self.source, torch.float32, offload=offload)
         if is_offloaded(model):
             round_stored(model, self.dtype)

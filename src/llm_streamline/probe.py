@@ -1,0 +1,75 @@
+"""How long a layer takes here: a random one of the model's own kind is timed for a moment, forward and in training."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from llm_streamline.estimate import VALIDATIONS, Estimate, Sizes
+from llm_streamline.families import sliced_config
+from llm_streamline.forward import run_window
+from llm_streamline.records import Window
+from llm_streamline.replacement import build_replacement
+
+TOKENS, VOCABULARY = 1024, 128
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Seconds: for a token through one frozen layer, and for a token of training through the replacement."""
+
+    forward: float
+    training: float
+
+
+def probe(config: PretrainedConfig, sizes: Sizes, dtype: torch.dtype, device: str, replace: str) -> Rates:
+    """Time a model of one layer with a small vocabulary, on random tokens in the micro-batches of the run."""
+    small = sliced_config(config, [0])
+    small.vocab_size, small.pad_token_id = VOCABULARY, None
+    model = AutoModelForCausalLM.from_config(small, dtype=dtype).to(device).eval().requires_grad_(False)
+    ids = torch.randint(VOCABULARY, (max(1, TOKENS // sizes.block), sizes.block), device=device)
+    window, autocast = Window(start=0, stop=1), dtype == torch.bfloat16
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=autocast):
+        forward = _seconds(lambda: run_window(model, window, ids), device) / ids.numel()
+        if not sizes.trained:
+            return Rates(forward, 0.0)
+        passage = run_window(model, window, ids[: sizes.batch])
+        replacement = build_replacement(model, [0], "random", 0, replace).to(device)
+        optimizer = torch.optim.AdamW(replacement.trained(), fused=True)
+
+        def step() -> None:
+            prediction = replacement.run(passage.entering.float(), passage.calls)
+            (prediction.float() - passage.leaving.float()).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        training = _seconds(step, device) / passage.entering.shape[:2].numel()
+    return Rates(forward, training * max(1, sizes.trained // sizes.layer))
+
+
+def _seconds(action: Callable[[], object], device: str) -> float:
+    """The second of two times: the first also warms up."""
+    spent = 0.0
+    for _ in range(2):
+        started = time.perf_counter()
+        action()
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+        spent = time.perf_counter() - started
+    return spent
+
+
+def timed(estimate: Estimate, sizes: Sizes, rates: Rates) -> Estimate:
+    """With the seconds that the tokens of each stage take, at most: as if every window ended at the last layer."""
+    through = rates.forward * sizes.layers
+    spent = {
+        "analysis": sizes.calibration * through,
+        "training": (sizes.training + VALIDATIONS * sizes.validation) * through + sizes.training * rates.training,
+        "scores": 3 * sizes.validation * through,
+    }
+    stages = [stage.model_copy(update={"seconds": spent.get(stage.name)}) for stage in estimate.stages]
+    return estimate.model_copy(update={"stages": stages})

@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from llm_streamline import run
+from llm_streamline.errors import UserError
+from llm_streamline.estimate import predict, sizes_of
+from llm_streamline.recipe import Recipe, Runtime
+from llm_streamline.workspace import Workspace
+from tests import tiny
+
+GB = 10**9
+
+
+def workspace(folder, memory="16GB", **changes) -> Workspace:
+    values = {"model": str(folder), "block": 32, "tokens": 3200, **changes}
+    return Workspace(Recipe(**values), Runtime(memory=memory, compute="float32", quiet=True))
+
+
+def stages(work, offloaded=False):
+    return {stage.name: stage for stage in predict(sizes_of(work), offloaded, offloaded)}
+
+
+@pytest.mark.parametrize("name", tiny.one_of_each_type())
+def test_every_family_is_estimated_and_timed(name, tmp_path):
+    folder = tiny.make_folder(tmp_path / "model", name)
+    for file in folder.glob("*.safetensors"):
+        file.unlink()  # the configuration is all that is read
+    recipe = Recipe(model=str(folder), block=32, tokens=3200, remove=2)
+    found = run.estimate_only(recipe, Runtime(quiet=True))
+    assert [stage.name for stage in found.stages] == ["analysis", "training", "assembly", "verification", "scores"]
+    assert found.fits and not found.offloaded and found.disk > 0
+    timed = {stage.name for stage in found.stages if stage.seconds is not None}
+    assert timed == {"analysis", "training", "scores"} and all(stage.seconds != 0 for stage in found.stages)
+
+
+def test_what_is_read_layer_by_layer_takes_less_and_does_not_grow_with_depth(llama_folder):
+    work = workspace(llama_folder)
+    sizes = sizes_of(work)
+    sizes = dataclasses.replace(sizes, layer=10**9, total=sizes.outside + 10**9 * sizes.layers)
+    deep = dataclasses.replace(sizes, layers=sizes.layers + 100, total=sizes.total + 10**11)
+    for offloaded in (True, False):
+        pairs = list(zip(predict(sizes, offloaded, offloaded), predict(deep, offloaded, offloaded), strict=True))
+        assert all((one.memory == other.memory) == offloaded for one, other in pairs)
+    both = zip(predict(deep, True, True), predict(deep, False, False), strict=True)
+    assert all(one.memory < other.memory for one, other in both)
+
+
+def test_memory_does_not_grow_with_tokens(llama_folder):
+    few, many = (stages(workspace(llama_folder, tokens=tokens, batch=2)) for tokens in (3200, 320000))
+    assert {name: stage.memory for name, stage in few.items()} == {name: stage.memory for name, stage in many.items()}
+    assert few["training"].tokens < many["training"].tokens
+
+
+def test_nothing_is_trained_for_none(llama_folder):
+    assert "training" not in stages(workspace(llama_folder, replace="none"))
+
+
+def test_layers_stay_on_the_disk_as_far_as_they_must(llama_folder, monkeypatch):
+    from llm_streamline import estimate
+
+    monkeypatch.setattr(estimate, "LIBRARIES", 0)
+    monkeypatch.setattr(estimate, "CHECKER", 0)
+    monkeypatch.setattr(estimate, "STATES", 0)
+    work = workspace(llama_folder)
+    work.config.hidden_size = work.config.vocab_size = 1
+    work.__dict__["shape"] = work.shape.model_copy(update={"total": 8 * GB, "layers": [GB] * 8})
+    work.__dict__["checkpoint_dtype"] = work.__dict__["compute_dtype"] = torch.float32
+    seen = []
+    for memory in (80, 69, 30):
+        work.__dict__["memory"] = work.__dict__["ram"] = memory * GB
+        found = estimate.estimate_of(work)
+        seen.append((found.offloaded, found.writes_offloaded, found.fits))
+    assert seen == [(False, False, True), (False, True, True), (True, True, True)]
+
+
+def test_compress_refuses_what_cannot_fit_and_names_what_would_help(llama_folder, text_file, tmp_path):
+    recipe = Recipe(model=str(llama_folder), data=text_file, remove=2, block=32)
+    with pytest.raises(UserError, match=r"takes about .* GB and there are 0\.00 GB; give .*--memory"):
+        run.compress(recipe, Runtime(output=tmp_path / "out", memory="1MB", quiet=True))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_disk_that_cannot_hold_the_result_is_told(llama_folder):
+    estimate = workspace(llama_folder).estimate
+    assert estimate.problem(estimate.disk) is None
+    assert "choose another output folder" in estimate.problem(estimate.disk - 1)
+
+
+def test_the_table_and_the_json_say_the_same(llama_folder, capsys):
+    from llm_streamline import cli
+
+    cli.main(["estimate", str(llama_folder), "--block", "32", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    cli.main(["estimate", str(llama_folder), "--block", "32"])
+    table = capsys.readouterr().out
+    assert all(stage["name"] in table and f"{stage['tokens']:,}" in table for stage in found["stages"])
+    assert "held in memory" in table
