@@ -1,6 +1,6 @@
 """A compress run that is killed again and again: what lies on the disk, where it goes on, and what comes out.
 
-Run `python -m bench.kills [--kills N]`, or `python -m bench kills`.
+Run `python -m bench.kills [--kills N] [--seed N]`, or `python -m bench kills`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from llm_streamline.oracle import weight_hashes
 
 KILLS, EVERY = 50, 2.0
 SLACK = 1.0  # seconds for a step, a validation and a write on a busy machine
-OPTIONS = ("--tokens", "40k", "--tasks", "none", "--checkpoint-every", f"{EVERY:g}s")
+OPTIONS = ("--tokens", "75k", "--tasks", "none", "--checkpoint-every", f"{EVERY:g}s")
 TRAINING, TRAINED, RESUMED = "training on ", "assembling ", "resumed at step "
 
 
@@ -111,42 +111,74 @@ def note_kill(attempt: Attempt, moment: float, out: Path, tally: Tally) -> None:
     tally.oldest = max(tally.oldest, moment - max(begun, written))
 
 
-def undisturbed(out: Path, compute: str) -> tuple[float, dict[str, str]]:
-    """How long the run takes, and the SHA-256 of its weights."""
+@dataclass
+class Undisturbed:
+    """How long a run takes until it trains, until it is trained and until its end; its steps; its weights' SHA-256."""
+
+    training: float
+    trained: float
+    end: float
+    steps: int
+    weights: dict[str, str]
+
+
+def lets_end(attempt: Attempt, out: Path, chance: random.Random, expected: Undisturbed) -> bool:
+    """Wait until the moment to kill, or for the end of a process that is to live.
+
+    One in eight is killed before training and one in three of the trained; the others while there is training left.
+    """
+    if chance.random() < 1 / 8:
+        return attempt.ended(chance.uniform(0, expected.training))
+    if (out / "replacement").exists():
+        rest = expected.end - expected.trained + expected.training
+        return attempt.ended(chance.uniform(0, rest) if chance.random() < 1 / 3 else None)
+    left = (expected.trained - expected.training) * (1 - (kept_step(out) or 0) / expected.steps)
+    while attempt.at(TRAINING) is None:
+        if attempt.ended(0.01):
+            return True
+    return attempt.ended(chance.uniform(0, left + 1))
+
+
+def undisturbed(out: Path, compute: str) -> Undisturbed:
     attempt = Attempt(start(out, compute, *OPTIONS))
     attempt.ended(None)
     assert attempt.process.returncode == 0, attempt.said
-    trained = (attempt.at(TRAINED) or 0) - (attempt.at(TRAINING) or 0)
-    seconds = time.time() - attempt.started
-    print(f"undisturbed: {seconds:.1f} s, {trained:.1f} s of them training", flush=True)
-    return seconds, weight_hashes(out / "model")
+    training, trained = ((attempt.at(line) or 0) - attempt.started for line in (TRAINING, TRAINED))
+    end = time.time() - attempt.started
+    print(f"undisturbed: training from {training:.1f} s to {trained:.1f} s of {end:.1f} s", flush=True)
+    steps = json.loads((out / "replacement/fit.json").read_text())["steps"]
+    return Undisturbed(training, trained, end, steps, weight_hashes(out / "model"))
 
 
-def until_complete(out: Path, compute: str, kills: int, chance: random.Random, expected: tuple, tally: Tally) -> None:
-    """One run, killed at moments spread evenly over what an undisturbed one has still to do, until it is complete."""
-    seconds, hashes = expected
-    begun = 0.0  # of what the undisturbed run does, what this one has behind it by the clock
+def until_complete(
+    out: Path, compute: str, kills: int, chance: random.Random, expected: Undisturbed, tally: Tally
+) -> None:
+    """One run, killed again and again until it is complete."""
     while tally.kills < kills:
         kept, attempt = kept_step(out), Attempt(start(out, compute, *OPTIONS))
-        if attempt.ended(chance.uniform(0, max(seconds - begun, seconds / 2))):
-            note_resumption(attempt, kept, tally)
-            same = attempt.process.returncode == 0 and weight_hashes(out / "model") == hashes
-            tally.completions += same
-            tally.unequal += [] if same else [f"exit {attempt.process.returncode}: {attempt.said[-3:]}"]
-            tally.broken += [*broken(out, hashes), *leftovers(out)]
+        if lets_end(attempt, out, chance, expected):
+            note_end(attempt, kept, out, expected, tally)
             break
         moment = attempt.kill()
         note_resumption(attempt, kept, tally)
         note_kill(attempt, moment, out, tally)
-        tally.broken += broken(out, hashes)
-        if attempt.at(TRAINING) is not None:
-            begun += moment - (attempt.at(TRAINING) or moment)
+        tally.broken += broken(out, expected.weights)
         print(f"kill {tally.kills} after {moment - attempt.started:.1f} s, step kept {kept_step(out)}", flush=True)
     shutil.rmtree(out, ignore_errors=True)
 
 
-def run(compute: str, kills: int = KILLS) -> list[Finding]:
-    chance, tally = random.Random(0), Tally()
+def note_end(attempt: Attempt, kept: int | None, out: Path, expected: Undisturbed, tally: Tally) -> None:
+    """A run that has come to its end: the same weights, everything whole, nothing left over."""
+    note_resumption(attempt, kept, tally)
+    same = attempt.process.returncode == 0 and weight_hashes(out / "model") == expected.weights
+    tally.completions += same
+    tally.unequal += [] if same else [f"exit {attempt.process.returncode}: {attempt.said[-3:]}"]
+    tally.broken += [*broken(out, expected.weights), *leftovers(out)]
+    print("complete", flush=True)
+
+
+def run(compute: str, kills: int = KILLS, seed: int = 0) -> list[Finding]:
+    chance, tally = random.Random(seed), Tally()
     with tempfile.TemporaryDirectory() as folder:
         expected = undisturbed(Path(folder) / "undisturbed", compute)
         while tally.kills < kills:
@@ -169,6 +201,8 @@ def run(compute: str, kills: int = KILLS) -> list[Finding]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m bench.kills", description=__doc__)
     parser.add_argument("--kills", type=int, default=KILLS)
-    found = run("float32", parser.parse_args().kills)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    found = run("float32", options.kills, options.seed)
     print(*found, sep="\n")
     sys.exit(not all(finding.holds for finding in found))
