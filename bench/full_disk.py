@@ -17,6 +17,7 @@ from pathlib import Path
 
 from bench.common import Finding
 from bench.runs import CHECKPOINT, broken, leftovers, start
+from llm_streamline.files import TEMPORARY
 from llm_streamline.oracle import weight_hashes
 
 PAGE, ROOM = 4096, 2**26
@@ -91,7 +92,7 @@ def ended(out: Path, compute: str, *options: str) -> tuple[int, list[str]]:
 def problems_when_full(code: int, err: list[str], out: Path, hashes: dict[str, str]) -> list[str]:
     errors = [line for line in err if line.startswith("error:")]
     found = [] if code == 2 else [f"exit {code}: {err[-3:]}"]
-    if len(errors) != 1 or "the disk is full" not in errors[0]:
+    if len(errors) != 1 or f"the disk is full: {out}" not in errors[0] or TEMPORARY in errors[0]:
         found.append(f"errors: {errors}")
     found += ["a traceback"] if any("Traceback" in line for line in err) else []
     return [*found, *(f"broken: {name}" for name in broken(out, hashes)), *(f"left: {name}" for name in leftovers(out))]

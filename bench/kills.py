@@ -113,30 +113,29 @@ def note_kill(attempt: Attempt, moment: float, out: Path, tally: Tally) -> None:
 
 @dataclass
 class Undisturbed:
-    """How long a run takes until it trains, until it is trained and until its end; its steps; its weights' SHA-256."""
+    """How long a run takes until it trains, until it is trained and until its end, and the SHA-256 of its weights."""
 
     training: float
     trained: float
     end: float
-    steps: int
     weights: dict[str, str]
 
 
 def lets_end(attempt: Attempt, out: Path, chance: random.Random, expected: Undisturbed) -> bool:
     """Wait until the moment to kill, or for the end of a process that is to live.
 
-    One in eight is killed before training and one in three of the trained; the others while there is training left.
+    One in eight is killed before training and one in three of the trained; the others evenly over the time that the
+    whole training takes, so that those with little of it left mostly come to their end.
     """
     if chance.random() < 1 / 8:
         return attempt.ended(chance.uniform(0, expected.training))
     if (out / "replacement").exists():
         rest = expected.end - expected.trained + expected.training
         return attempt.ended(chance.uniform(0, rest) if chance.random() < 1 / 3 else None)
-    left = (expected.trained - expected.training) * (1 - (kept_step(out) or 0) / expected.steps)
     while attempt.at(TRAINING) is None:
         if attempt.ended(0.01):
             return True
-    return attempt.ended(chance.uniform(0, left + 1))
+    return attempt.ended(chance.uniform(0, expected.trained - expected.training))
 
 
 def undisturbed(out: Path, compute: str) -> Undisturbed:
@@ -146,8 +145,7 @@ def undisturbed(out: Path, compute: str) -> Undisturbed:
     training, trained = ((attempt.at(line) or 0) - attempt.started for line in (TRAINING, TRAINED))
     end = time.time() - attempt.started
     print(f"undisturbed: training from {training:.1f} s to {trained:.1f} s of {end:.1f} s", flush=True)
-    steps = json.loads((out / "replacement/fit.json").read_text())["steps"]
-    return Undisturbed(training, trained, end, steps, weight_hashes(out / "model"))
+    return Undisturbed(training, trained, end, weight_hashes(out / "model"))
 
 
 def until_complete(

@@ -51,3 +51,11 @@ def test_what_a_library_writes_beside_is_a_leftover_too(tmp_path):
         assert all(path.name.startswith(TEMPORARY) for path in tmp_path.iterdir())
         temporary.write_text("whole")
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_a_full_disk_is_told_of_the_final_name(tmp_path):
+    with pytest.raises(UserError, match=f"{tmp_path}/model/a.json could"), atomic(tmp_path / "model") as folder:
+        folder.mkdir()
+        with atomic(folder / "a.json"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+    assert not list(tmp_path.iterdir())

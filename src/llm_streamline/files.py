@@ -64,6 +64,7 @@ def is_storage_failure(error: BaseException) -> bool:
 
 
 def storage_sentence(error: BaseException, target: Path) -> str:
+    target = Path(*(part for part in target.parts if not part.startswith(TEMPORARY)))  # by the name it would have had
     if getattr(error, "errno", None) in _UNWRITABLE:
         return f"cannot write {target}: choose an output folder (-o) that you may write to."
     free = shutil.disk_usage(existing_parent(target)).free
