@@ -5,7 +5,7 @@ import errno
 import pytest
 
 from llm_streamline.errors import UserError
-from llm_streamline.files import atomic, remove_leftovers, write_text
+from llm_streamline.files import TEMPORARY, atomic, remove_leftovers, write_text
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -40,5 +40,22 @@ def test_leftovers_of_a_killed_run_go(tmp_path):
     (tmp_path / ".partial-12345678-model").mkdir()
     (tmp_path / ".partial-12345678-a.json").write_text("{")
     (tmp_path / "keep.json").write_text("{}")
+    (tmp_path / "model" / ".partial-12345678").mkdir(parents=True)
     remove_leftovers(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["keep.json"]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["keep.json", "model"]
+
+
+def test_what_a_library_writes_beside_is_a_leftover_too(tmp_path):
+    with atomic(tmp_path / "a.safetensors") as temporary:
+        (temporary.parent / ".tmp5F2Fy8").write_text("half")  # as safetensors does before it renames
+        assert all(path.name.startswith(TEMPORARY) for path in tmp_path.iterdir())
+        temporary.write_text("whole")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_a_full_disk_is_told_of_the_final_name(tmp_path):
+    with pytest.raises(UserError, match=f"{tmp_path}/model/a.json could"), atomic(tmp_path / "model") as folder:
+        folder.mkdir()
+        with atomic(folder / "a.json"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+    assert not list(tmp_path.iterdir())

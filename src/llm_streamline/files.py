@@ -20,15 +20,17 @@ _UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENAM
 def atomic(target: Path) -> Iterator[Path]:
     """Yield a temporary path (file or folder, the caller makes it) that becomes `target` if the block succeeds.
 
+    It lies in a folder of its own: what a library writes beside it while saving is known for a leftover, too.
     Errors: UserError for a full disk or a place that cannot be written; nothing is left behind in either case.
     """
-    temporary = target.with_name(f"{TEMPORARY}{uuid.uuid4().hex[:8]}-{target.name}")
+    own = target.with_name(f"{TEMPORARY}{uuid.uuid4().hex[:8]}")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        temporary.replace(target)
+        own.mkdir(parents=True)
+        yield own / target.name
+        (own / target.name).replace(target)
+        remove(own)
     except BaseException as error:
-        remove(temporary)
+        remove(own)
         if is_storage_failure(error):
             raise UserError(storage_sentence(error, target)) from error
         raise
@@ -48,8 +50,8 @@ def remove(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what a killed run left half-written in `folder`."""
-    for path in folder.glob(f"{TEMPORARY}*"):
+    """Delete what a killed run left half-written in `folder` and below."""
+    for path in sorted(folder.rglob(f"{TEMPORARY}*")):
         remove(path)
 
 
@@ -62,6 +64,7 @@ def is_storage_failure(error: BaseException) -> bool:
 
 
 def storage_sentence(error: BaseException, target: Path) -> str:
+    target = Path(*(part for part in target.parts if not part.startswith(TEMPORARY)))  # by the name it would have had
     if getattr(error, "errno", None) in _UNWRITABLE:
         return f"cannot write {target}: choose an output folder (-o) that you may write to."
     free = shutil.disk_usage(existing_parent(target)).free
