@@ -89,6 +89,7 @@ def test_every_module_has_its_tests():
         "memory": "offload",
         "spool": "offload",
         "stored": "offload",
+        "probe": "estimate",
         "quantities": "recipe",
     }
     elsewhere |= {"passages": "train", "history": "train", "interruption": "snapshot"}

@@ -129,47 +129,37 @@ def predict(sizes: Sizes, offloaded: bool, writes_offloaded: bool) -> list[Stage
     held = sizes.outside if offloaded else sizes.total
     model = LIBRARIES + held * sizes.compute_bytes
     after = sizes.total  # at most: which layers go is not known yet
-    tokens = {"calibration": sizes.calibration, "training": sizes.training, "validation": sizes.validation}
-    group = {name: min(count, GROUP_TOKENS) if offloaded else 0 for name, count in tokens.items()}
-    state = sizes.width * sizes.compute_bytes
-    boundaries = 1 if offloaded else sizes.layers + 1
-    small = max(sizes.block, min(sizes.forward, 2048))
+    checked = _verification(sizes, model, writes_offloaded, after)
+    written = _assembly(sizes, model, writes_offloaded, sizes.ram)
     return [
-        Stage(
-            name="analysis",
-            on_device=True,
-            memory=model
-            + state * (group["calibration"] or boundaries * sizes.forward)
-            + max(passing(sizes, sizes.forward, offloaded), 2 * STATES),
-            disk=state * (sizes.layers + 1) * group["calibration"],
-            tokens=sizes.calibration,
-        ),
-        *_training(sizes, model, group, state, offloaded),
-        Stage(
-            name="assembly",
-            on_device=False,
-            memory=_assembly(sizes, model, writes_offloaded, sizes.ram),
-            disk=after * sizes.saved_bytes,
-            tokens=0,
-        ),
-        Stage(
-            name="verification",
-            on_device=False,
-            memory=_verification(sizes, model, writes_offloaded, after),
-            disk=0,
-            tokens=0,
-        ),
-        Stage(
-            name="scores",
-            on_device=True,
-            memory=model
-            + (0 if offloaded else after * sizes.compute_bytes)
-            + state * group["validation"]
-            + max(passing(sizes, small, offloaded), small * sizes.vocabulary * (sizes.compute_bytes + 8)),
-            disk=0,
-            tokens=3 * sizes.validation,
-        ),
+        _analysis(sizes, model, offloaded),
+        *_training(sizes, model, offloaded),
+        Stage(name="assembly", on_device=False, memory=written, disk=after * sizes.saved_bytes, tokens=0),
+        Stage(name="verification", on_device=False, memory=checked, disk=0, tokens=0),
+        _scores(sizes, model, offloaded, after),
     ]
+
+
+def _waiting(sizes: Sizes, tokens: int, offloaded: bool) -> int:
+    """Bytes of the states of as many tokens as share a reading of the weights."""
+    return min(tokens, GROUP_TOKENS) * sizes.width * sizes.compute_bytes if offloaded else 0
+
+
+def _analysis(sizes: Sizes, model: int, offloaded: bool) -> Stage:
+    group = _waiting(sizes, sizes.calibration, offloaded)
+    states = group or (sizes.layers + 1) * sizes.forward * sizes.width * sizes.compute_bytes
+    memory = model + states + max(passing(sizes, sizes.forward, offloaded), 2 * STATES)
+    disk = group * (sizes.layers + 1)
+    return Stage(name="analysis", on_device=True, memory=memory, disk=disk, tokens=sizes.calibration)
+
+
+def _scores(sizes: Sizes, model: int, offloaded: bool, after: int) -> Stage:
+    tokens = max(sizes.block, min(sizes.forward, 2048))
+    saved = 0 if offloaded else after * sizes.compute_bytes
+    logits = tokens * sizes.vocabulary * (sizes.compute_bytes + 8)
+    memory = model + saved + _waiting(sizes, sizes.validation, offloaded)
+    memory += max(passing(sizes, tokens, offloaded), logits)
+    return Stage(name="scores", on_device=True, memory=memory, disk=0, tokens=3 * sizes.validation)
 
 
 def passing(sizes: Sizes, tokens: int, offloaded: bool) -> int:
@@ -179,14 +169,14 @@ def passing(sizes: Sizes, tokens: int, offloaded: bool) -> int:
     return tokens * values * sizes.compute_bytes + (sizes.layer * sizes.compute_bytes if converted else 0)
 
 
-def _training(sizes: Sizes, model: int, group: dict[str, int], state: int, offloaded: bool) -> list[Stage]:
+def _training(sizes: Sizes, model: int, offloaded: bool) -> list[Stage]:
     if not sizes.trained:
         return []
     step = sizes.batch * sizes.block
     weights = sizes.trained * 4 * 4  # a weight, its gradient and two moments, in float32
     cast = sizes.trained * 2 if sizes.compute_bytes == 2 else 0
     backward = step * (14 * sizes.width + 5 * sizes.inner) * 4
-    waiting = 2 * state * max(group["training"], group["validation"])
+    waiting = 2 * _waiting(sizes, max(sizes.training, sizes.validation), offloaded)
     peak = max(backward + weights, passing(sizes, step, offloaded) + weights)
     return [
         Stage(
