@@ -85,6 +85,7 @@ def test_every_module_has_its_tests():
         "custom_code": "replacement",
     }
     elsewhere |= {"passages": "train", "history": "train", "interruption": "snapshot"}
+    elsewhere |= {"tracking": "run"}
     elsewhere |= {"charts": "page", "verdict": "page"}
     elsewhere |= {"workspace": "run", "checkpoint": "cli", "records": "choose", "errors": "cli"}
     elsewhere |= {

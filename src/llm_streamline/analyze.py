@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from llm_streamline.errors import UserError
 from llm_streamline.families import layers_of
 from llm_streamline.forward import at_boundary, run_until_stopped, stop_forward
+from llm_streamline.parallel import ALONE, World
 from llm_streamline.progress import progress
 from llm_streamline.records import Matrix, Similarity
 
@@ -20,24 +21,39 @@ _TINY = 1e-12
 
 
 def analyze(
-    model: PreTrainedModel, blocks: Tensor, batch: int, mask: Tensor | None = None, quiet: bool = False
+    model: PreTrainedModel,
+    blocks: Tensor,
+    batch: int,
+    mask: Tensor | None = None,
+    quiet: bool = False,
+    world: World = ALONE,
 ) -> Similarity:
     """Mean cosine similarity (Eq. 1) and relative change between every two boundaries, with standard errors.
 
     `blocks` (N, T) token ids; `mask` (N, T), 1 for tokens that count and 0 for padding. The mean is over tokens within
-    a sequence, then over sequences; the standard error is over sequences. Errors: UserError for non-finite states.
+    a sequence, then over sequences; the standard error is over sequences. Each process of `world` takes its share of
+    the batches. Errors: UserError for non-finite states.
     """
-    boundaries = len(layers_of(model)) + 1
-    sums = _Sums(boundaries)
     mask = torch.ones_like(blocks) if mask is None else mask
-    padded = not bool(mask.all())
-    with progress("analyzing", len(blocks), quiet) as advance, _Recorder(model).attached() as recorder:
-        for ids, counts in zip(blocks.split(batch), mask.split(batch), strict=True):
+    batches = list(zip(blocks.split(batch), mask.split(batch), strict=True))
+    own = world.share(batches)  # whole batches, so that each is computed as one process would
+    sums = world.attempt(lambda: _summed(model, own, not bool(mask.all()), quiet))
+    sums.add_up(world)
+    return sums.result(tokens=int(mask.sum()))
+
+
+def _summed(model: PreTrainedModel, batches: list[tuple[Tensor, Tensor]], padded: bool, quiet: bool) -> _Sums:
+    sums = _Sums(len(layers_of(model)) + 1)
+    with (
+        progress("analyzing", sum(len(ids) for ids, _ in batches), quiet) as advance,
+        _Recorder(model).attached() as recorder,
+    ):
+        for ids, counts in batches:
             ids, counts = ids.to(model.device, torch.long), counts.to(model.device)
             run_until_stopped(model, ids, counts if padded else None)
             sums.add(*_pairwise(recorder.take(), counts))
             advance(len(ids), "sequences")
-    return sums.result(tokens=int(mask.sum()))
+    return sums
 
 
 class _Recorder:
@@ -118,6 +134,13 @@ class _Sums:
         self.count += values.shape[1]
         self.first += values.sum(dim=1)
         self.second += values.square().sum(dim=1)
+
+    def add_up(self, world: World) -> None:
+        """The sums of all processes' sequences."""
+        counted = torch.tensor([float(self.count)], dtype=torch.float64)
+        self.count = int(world.sum_(counted))
+        world.sum_(self.first)
+        world.sum_(self.second)
 
     def result(self, tokens: int) -> Similarity:
         mean = self.first / self.count

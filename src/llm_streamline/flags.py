@@ -32,7 +32,7 @@ ONLY_COMPRESS = {
     ),
     *("weight_decay", "warmup", "clip", "dtype", "preset", "dry_run", "tracker", "tasks", "checkpoint_every"),
 }
-NOT_EVALUATE = {"tracker", "dry_run", "models", "checkpoint_every"}
+NOT_EVALUATE = {"tracker", "dry_run", "models", "checkpoint_every", "worker_timeout"}
 
 
 def _annotation(kind: Any) -> Any:

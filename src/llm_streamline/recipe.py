@@ -238,6 +238,11 @@ class Runtime(Schema):
         description="How often training writes its state, from which the same command continues after any "
         "interruption, e.g. 2s, 5m or 1h. [default: 5m]",
     )
+    worker_timeout: Duration = Field(
+        600.0,
+        description="How long the processes of one run, as torchrun starts them, wait for one another before they "
+        "give up, e.g. 30s or 10m. [default: 10m]",
+    )
     tracker: str | None = Field(
         None,
         description="Also log the training curve to an accelerate tracker: tensorboard, wandb, trackio, ...",

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import load_file, save_file
 
@@ -17,12 +14,13 @@ from llm_streamline.assemble import assemble
 from llm_streamline.card import CARD, is_licence, origin, source_files, write_card
 from llm_streamline.choose import check_protected, check_request, choose
 from llm_streamline.comparison import CUT, SAVED
-from llm_streamline.errors import UserError
+from llm_streamline.errors import Dismissed, UserError
 from llm_streamline.evaluation import EVALUATION, Evaluation, Request, Result
 from llm_streamline.files import atomic, remove_leftovers, sha256
 from llm_streamline.forward import substituted
 from llm_streamline.oracle import MANIFEST, versions
 from llm_streamline.page import PAGE, write_evaluation_report, write_report
+from llm_streamline.parallel import World
 from llm_streamline.progress import say
 from llm_streamline.recipe import Recipe, Runtime
 from llm_streamline.records import Fit, Inputs, LayerPlan, Manifest, Scores, Similarity, Verification
@@ -34,7 +32,8 @@ from llm_streamline.scoring.perplexity import FORWARD_TOKENS as LOSS_TOKENS
 from llm_streamline.scoring.perplexity import next_token_loss
 from llm_streamline.snapshot import Snapshot
 from llm_streamline.text import shuffled
-from llm_streamline.train import Settings, Track, Trainer, rates
+from llm_streamline.tracking import check_tracker, tracking
+from llm_streamline.train import Settings, Trainer, rates
 from llm_streamline.workspace import RunFolder, Workspace, own_contents
 
 NO_TASKS = "none"
@@ -46,21 +45,22 @@ def compress(recipe: Recipe, runtime: Runtime | None = None) -> Result:
     """Find the redundant layers, remove them, train their replacement, write a verified HuggingFace folder.
 
     Returns what lies in `runtime.output`. Errors: UserError before anything is written where the recipe cannot be
-    followed; VerificationError where the result does not compute what it should.
+    followed; VerificationError where the result does not compute what it should; Dismissed in every process but the
+    first once it has helped to train.
     """
     runtime = runtime or Runtime()
-    folder = RunFolder.open(runtime.output, recipe)
-    work = Workspace(recipe, runtime)
-    check_all(work)
-    check_inputs(work, folder)
-    tasks = tasks_to_ask(work)
-    remove_leftovers(folder.path)
-    similarity = folder.stage("similarity.json", Similarity, lambda: measure(work))
-    folder.stage("inputs.json", Inputs, work.inputs)
-    plan = folder.stage("plan.json", LayerPlan, lambda: decide(work, similarity))
-    say(describe(plan), runtime.quiet)
-    draw_choice(similarity, plan, folder)
-    fit = train_replacement(work, plan, folder)
+    with World.opened(runtime.worker_timeout) as world:
+        work = Workspace(recipe, runtime, world)
+        folder = RunFolder(runtime.output or Path(), recipe, world)
+        tasks = world.alone(lambda: prepare(work))
+        similarity = folder.stage("similarity.json", Similarity, lambda: measure(work))
+        folder.stage("inputs.json", Inputs, lambda: world.led(work.inputs))
+        plan = folder.stage("plan.json", LayerPlan, lambda: world.led(lambda: decide(work, similarity)))
+        say(describe(plan), work.runtime.quiet)
+        world.alone(lambda: draw_choice(similarity, plan, folder))
+        fit = train_replacement(work, plan, folder)
+    if not world.first:
+        raise Dismissed
     verification = assemble_model(work, plan, fit, similarity, folder)
     scores = folder.stage("scores.json", Scores, lambda: score(work, plan, folder))
     evaluation, news = evaluate_models(work, plan, tasks, folder)
@@ -69,6 +69,16 @@ def compress(recipe: Recipe, runtime: Runtime | None = None) -> Result:
         write_report(folder.path)
     places = {"model": str(folder.path / "model"), "report": str(folder.path / PAGE)}
     return Result(plan=plan, fit=fit, scores=scores, verification=verification, evaluation=evaluation, **places)
+
+
+def prepare(work: Workspace) -> list[Task]:
+    """Everything that is refused before anything is measured; what will be asked in the end. Errors: UserError."""
+    folder = RunFolder.open(work.runtime.output, work.recipe)
+    check_all(work)
+    check_inputs(work, folder)
+    tasks = tasks_to_ask(work)
+    remove_leftovers(folder.path)
+    return tasks
 
 
 def evaluate(request: Request, runtime: Runtime) -> Evaluation:
@@ -84,11 +94,14 @@ def evaluate(request: Request, runtime: Runtime) -> Evaluation:
 
 def plan_only(recipe: Recipe, runtime: Runtime) -> LayerPlan:
     """The plan that `compress` would follow; nothing is written."""
-    if runtime.output is not None:
-        RunFolder.open(runtime.output, recipe)
-    work = Workspace(recipe, runtime)
-    check_all(work)
-    return decide(work, measure(work))
+    with World.opened(runtime.worker_timeout) as world:
+        work = Workspace(recipe, runtime, world)
+        world.alone(lambda: runtime.output and RunFolder.open(runtime.output, recipe))
+        world.alone(lambda: check_all(work))
+        similarity = measure(work)
+    if not world.first:
+        raise Dismissed
+    return decide(work, similarity)
 
 
 def decide(work: Workspace, similarity: Similarity) -> LayerPlan:
@@ -118,19 +131,6 @@ def check_inputs(work: Workspace, folder: RunFolder) -> None:
             )
 
 
-def check_tracker(name: str | None) -> None:
-    if name is None:
-        return
-    from accelerate.tracking import get_available_trackers
-
-    known = [str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()]
-    if name not in known:
-        raise UserError(
-            f"--tracker {name} is not installed; there is {', '.join(known) or 'none'}: "
-            "install it, for example with 'llm-streamline[track]', or leave it out."
-        )
-
-
 def describe(plan: LayerPlan) -> str:
     fewer = 1 - plan.parameters_after / plan.parameters_before
     lines = [
@@ -146,8 +146,10 @@ def describe(plan: LayerPlan) -> str:
 
 def measure(work: Workspace) -> Similarity:
     """Stage 1: the similarity of every window on the calibration part."""
-    calibration = work.parts.calibration  # read before the model, so that unusable text is refused first
-    return analyze(work.model, calibration, work.batch(FORWARD_TOKENS), quiet=work.runtime.quiet)
+    work.share()  # before the model is read, so that unusable text is refused first
+    model = work.world.attempt(lambda: work.model)
+    batch, quiet = work.batch(FORWARD_TOKENS), work.runtime.quiet
+    return analyze(model, work.parts.calibration, batch, quiet=quiet, world=work.world)
 
 
 def draw_choice(similarity: Similarity, plan: LayerPlan, folder: RunFolder) -> None:
@@ -161,51 +163,44 @@ def train_replacement(work: Workspace, plan: LayerPlan, folder: RunFolder) -> Fi
     """Stage 3: `replacement/` with the trained weights, their Fit and its figure; None where nothing is trained."""
     if not plan.occupied:
         return None
-    snapshot = Snapshot(folder.path / SNAPSHOT, work.runtime.checkpoint_every)
-    if folder.has("replacement"):
-        snapshot.remove()  # which a run that was killed in just this place has left
-        return Fit.read(folder.file("replacement/fit.json"))
+    world = work.world
+    snapshot = Snapshot(folder.path / SNAPSHOT, work.runtime.checkpoint_every, world=world)
+    if fit := world.led(lambda: trained_before(folder, snapshot)):
+        return fit
+    work.share()
     recipe, training = work.recipe, shuffled(work.parts.training, work.recipe.seed)
-    replacement = work.replacement(work.model, plan.replaced()).to(work.device)
-    settings = Settings.resolve(recipe, training, work.config.hidden_size, work.memory, work.bfloat16)
-    settings = settings.continued(snapshot)
+    replacement = world.attempt(lambda: work.replacement(work.model, plan.replaced()).to(work.device))
+    replacement.load_state_dict(world.led(replacement.state_dict))  # that another machine may round otherwise
+    width, memory = work.config.hidden_size, work.memory
+    settings = world.led(lambda: Settings.resolve(recipe, training, width, memory, work.bfloat16).continued(snapshot))
     steps = -(-len(training) // (settings.batch * settings.accumulate))
     say(
         f"training on {training.numel():,} tokens: {steps} steps of {settings.batch * settings.accumulate} sequences "
         f"of {training.shape[1]} tokens, learning rate {settings.lr:g} to {settings.min_lr:g}",
         work.runtime.quiet,
     )
-    with tracking(work) as track, atomic(folder.file("replacement")) as temporary:
-        trainer = Trainer(work.model, plan.window, replacement, settings, work.runtime.quiet, track, snapshot)
+    with tracking(work) as track:
+        trainer = Trainer(work.model, plan.window, replacement, settings, work.runtime.quiet, track, snapshot, world)
         fit = trainer.fit(training, work.parts.validation)
+    if world.first:
+        keep_replacement(replacement, fit, folder)
+        snapshot.remove()
+    return fit
+
+
+def trained_before(folder: RunFolder, snapshot: Snapshot) -> Fit | None:
+    if not folder.has("replacement"):
+        return None
+    snapshot.remove()  # which a run that was killed in just this place has left
+    return Fit.read(folder.file("replacement/fit.json"))
+
+
+def keep_replacement(replacement: ReplacementLayers, fit: Fit, folder: RunFolder) -> None:
+    with atomic(folder.file("replacement")) as temporary:
         temporary.mkdir()
         save_file(replacement.state_dict(), temporary / "replacement.safetensors")
         figures.draw_training(fit, temporary / "training.png")
         fit.write(temporary / "fit.json")
-    snapshot.remove()
-    return fit
-
-
-@contextmanager
-def tracking(work: Workspace) -> Iterator[Track]:
-    """Log the curve to an accelerate tracker where one was asked for."""
-    name = work.runtime.tracker
-    if name is None:
-        yield lambda values, step: None
-        return
-    from accelerate import Accelerator
-
-    folder = work.runtime.output or Path()
-    accelerator = Accelerator(log_with=name, project_dir=str(folder), cpu=work.device == "cpu")
-    accelerator.init_trackers("tracking", config=flat(work.recipe))
-    yield lambda values, step: accelerator.log(values, step=step)
-    accelerator.end_training()
-
-
-def flat(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as trackers take it: numbers and words only."""
-    values = recipe.model_dump(exclude_none=True).items()
-    return {key: value if isinstance(value, (int, float, str)) else " ".join(map(str, value)) for key, value in values}
 
 
 def assemble_model(
@@ -323,9 +318,13 @@ def analyze_model(recipe: Recipe, runtime: Runtime) -> tuple[Similarity, Path]:
     folder = runtime.output or Path(f"{Path(recipe.model).name}-analysis")
     if folder.exists() and (not folder.is_dir() or own_contents(folder) - ANALYSIS_FILES):
         raise UserError(f"-o {folder} holds other things than an analysis; give a folder that is new or empty.")
-    work = Workspace(recipe.model_copy(update={"replace": "none"}), runtime)  # which needs no text to train on
-    check_protected(work.shape, recipe)
-    similarity = measure(work)
+    with World.opened(runtime.worker_timeout) as world:
+        untrained = recipe.model_copy(update={"replace": "none"})  # which needs no text to train on
+        work = Workspace(untrained, runtime, world)
+        world.alone(lambda: check_protected(work.shape, recipe))
+        similarity = measure(work)
+    if not world.first:
+        raise Dismissed
     remove_leftovers(folder)
     similarity.write(folder / "similarity.json")
     figures.draw_similarity(similarity, folder / "similarity.png")

@@ -16,6 +16,7 @@ from llm_streamline import checkpoint
 from llm_streamline.errors import UserError
 from llm_streamline.families import parameter_counts
 from llm_streamline.files import TEMPORARY, write_text
+from llm_streamline.parallel import ALONE, World
 from llm_streamline.recipe import Recipe, Runtime, changed_keys, read_yaml, to_yaml
 from llm_streamline.records import Inputs, ModelShape, Record
 from llm_streamline.replacement import ReplacementLayers, build_replacement
@@ -35,8 +36,8 @@ def own_contents(folder: Path) -> set[str]:
 class RunFolder:
     """The run folder: a stage whose file is there is done. Nothing is made on disk before the first result."""
 
-    def __init__(self, path: Path, recipe: Recipe) -> None:
-        self.path, self._recipe = path, recipe
+    def __init__(self, path: Path, recipe: Recipe, world: World = ALONE) -> None:
+        self.path, self._recipe, self._world = path, recipe, world
 
     @classmethod
     def open(cls, path: Path | None, recipe: Recipe) -> RunFolder:
@@ -67,19 +68,22 @@ class RunFolder:
         return (self.path / name).exists()
 
     def stage(self, name: str, kind: type[R], make: Callable[[], R]) -> R:
-        """The record in `name`, made and written unless an earlier run has done so."""
-        if self.has(name):
-            return kind.read(self.path / name)
+        """The record in `name`, made by all processes and written by the first unless an earlier run has done so."""
+        kept = self._world.led(lambda: kind.read(self.path / name) if self.has(name) else None)
+        if kept is not None:
+            return kept
         record = make()
-        record.write(self.file(name))
+        self._world.alone(lambda: record.write(self.file(name)))
         return record
 
 
 class Workspace:
     """The source model and its text, as the recipe and the runtime ask for them."""
 
-    def __init__(self, recipe: Recipe, runtime: Runtime) -> None:
-        self.recipe, self.runtime = recipe, runtime
+    def __init__(self, recipe: Recipe, runtime: Runtime, world: World = ALONE) -> None:
+        self.world, self._shared = world, False
+        self.recipe = recipe
+        self.runtime = runtime = runtime if world.first else runtime.model_copy(update={"quiet": True})
         self.source = checkpoint.Source(recipe.model, runtime.allow_pickle, runtime.trust_remote_code)
         if runtime.threads:
             torch.set_num_threads(runtime.threads)
@@ -129,7 +133,8 @@ class Workspace:
         known = ["cpu", *(["cuda"] if count else []), *(f"cuda:{number}" for number in range(count))]
         if asked != "auto" and asked not in known:
             raise UserError(f"--device {asked} is not to be had here; there is {', '.join(known)}.")
-        return ("cuda" if count else "cpu") if asked == "auto" else asked
+        found = ("cuda" if count else "cpu") if asked == "auto" else asked
+        return f"cuda:{self.world.local_rank % count}" if found == "cuda" and self.world.size > 1 else found
 
     @cached_property
     def bfloat16(self) -> bool:
@@ -197,6 +202,13 @@ class Workspace:
         for blocks in (parts.calibration, parts.training, parts.validation):
             checkpoint.check_ids(blocks, self.config.vocab_size)
         return parts
+
+    def share(self) -> None:
+        """The first process's text and number format become everyone's. Errors: as `World.led`."""
+        if not self._shared:
+            self.__dict__["parts"] = self.world.led(lambda: self.parts)
+            self.__dict__["bfloat16"] = self.world.led(lambda: self.bfloat16)
+            self._shared = True
 
     def inputs(self) -> Inputs:
         return Inputs(model=checkpoint.fingerprint(self.source), data=self.parts.summary())
