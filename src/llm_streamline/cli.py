@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llm_streamline import __version__
-from llm_streamline.errors import Dismissed, StreamlineError, UserError
+from llm_streamline.errors import StreamlineError, WorkerLost
 from llm_streamline.flags import NOT_EVALUATE, ONLY_COMPRESS, command_line, with_flags
 from llm_streamline.interruption import stop_at_once
 
@@ -254,7 +254,7 @@ def main(arguments: list[str] | None = None) -> None:
     """The console script.
 
     Exit codes: 0 done, 1 not verified, 2 refused, 3 unexpected, 4 a worker lost, 130 or 143 interrupted.
-    Of several processes of one run, only the first says what it refuses: all are given the same.
+    Of several processes of one run, only the first says why it ends, unless they lose one another.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     follows = int(os.environ.get("RANK", 0)) > 0
@@ -262,10 +262,8 @@ def main(arguments: list[str] | None = None) -> None:
         called = next((argument for argument in arguments if argument in COMMANDS), None)
         with stop_at_once():
             code = make_app(called)(args=arguments, standalone_mode=False, prog_name="llm-streamline")
-    except Dismissed as error:
-        raise SystemExit(error.exit_code) from None
     except StreamlineError as error:
-        if follows and isinstance(error, UserError):
+        if follows and not isinstance(error, WorkerLost):
             raise SystemExit(error.exit_code) from None
         _end(str(error), error.exit_code, arguments)
     except Exception as error:
