@@ -7,6 +7,7 @@ MASTER_PORT. A world of one, which is what there is without them, needs no proce
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -139,7 +140,8 @@ class World:
         try:
             yield
         except RuntimeError as error:  # of which DistBackendError and the store's errors are kinds
-            raise WorkerLost(self.timeout, reason(error)) from error
+            cause = re.sub(r"^\[[^\]]*\.cc:\d+\]\s*", "", reason(error))  # where in gloo's source it was
+            raise WorkerLost(self.timeout, cause) from error
 
     def close(self) -> None:
         """From here on this process is alone; it keeps its rank."""
