@@ -84,6 +84,13 @@ def test_every_module_has_its_tests():
         "networks": "replacement",
         "custom_code": "replacement",
     }
+    elsewhere |= {
+        "layerwise": "offload",
+        "memory": "offload",
+        "spool": "offload",
+        "stored": "offload",
+        "quantities": "recipe",
+    }
     elsewhere |= {"passages": "train", "history": "train", "interruption": "snapshot"}
     elsewhere |= {"tracking": "run"}
     elsewhere |= {"charts": "page", "verdict": "page"}

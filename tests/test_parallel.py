@@ -15,11 +15,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from llm_streamline import run
 from llm_streamline.analyze import analyze
+from llm_streamline.checkpoint import Source, load_model
 from llm_streamline.errors import Dismissed, Stopped, StreamlineError, UserError
 from llm_streamline.files import sha256
+from llm_streamline.lock import run_lock
 from llm_streamline.parallel import ALONE, World
+from llm_streamline.recipe import Recipe, Runtime
+from llm_streamline.records import Similarity
 from llm_streamline.snapshot import Snapshot
+from llm_streamline.workspace import MADE, RunFolder, Workspace
 from tests import tiny
 from tests.test_train import trainer
 
@@ -71,8 +77,8 @@ def trained(world: World, name: str, changes: dict) -> dict[str, object]:
     return {**curves, "weights": sha256(*weights)}
 
 
-def measured(world: World) -> list[list[list[float]]]:
-    found = analyze(tiny.make_model("llama"), tiny.random_ids(7, 16), batch=2, quiet=True, world=world)
+def measured(world: World, model=None) -> list[list[list[float]]]:
+    found = analyze(model or tiny.make_model("llama"), tiny.random_ids(7, 16), batch=2, quiet=True, world=world)
     return [getattr(found, name) for name in SIMILARITY]
 
 
@@ -119,6 +125,7 @@ def main(folder: str) -> None:
     with World.opened(60) as world:
         found = {
             "similarity": measured(world),
+            "from the disk": measured(world, load_model(Source(folder), torch.float32, offload=Path(folder) / "none")),
             "fits": {key: trained(world, *setup) for key, setup in SETUPS.items()},
             "led": world.led(lambda: f"by {world.rank}"),
             "refused": [refused(lambda: world.led(lambda: refuse_in(world, 0)))]
@@ -133,7 +140,8 @@ def main(folder: str) -> None:
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory) -> list[dict]:
     """What the first and the second of two processes found."""
-    found = ended(start(["tests.test_parallel", str(tmp_path_factory.mktemp("pair"))]))
+    folder = tiny.make_folder(tmp_path_factory.mktemp("pair"), "llama")
+    found = ended(start(["tests.test_parallel", str(folder)]))
     assert [code for code, _, _ in found] == [0, 0], found
     return [json.loads(out.splitlines()[-1]) for _, out, _ in found]
 
@@ -142,6 +150,7 @@ def test_two_processes_measure_what_one_does(pair):
     one = torch.tensor(measured(ALONE), dtype=torch.float64)
     for found in pair:
         torch.testing.assert_close(torch.tensor(found["similarity"], dtype=torch.float64), one, rtol=0, atol=1e-12)
+        assert found["from the disk"] == found["similarity"]
 
 
 @pytest.mark.parametrize("setup", SETUPS)
@@ -176,7 +185,7 @@ def test_shares_are_contiguous_even_and_whole(size, count):
 
 
 def test_a_world_of_one_does_nothing():
-    assert dataclasses.astuple(ALONE) == (0, 1, 0.0, 0) and ALONE.first
+    assert dataclasses.astuple(ALONE) == (0, 1, 0.0, 0, 1) and ALONE.first
     assert ALONE.sum_(torch.ones(2)).tolist() == [1, 1]
     assert ALONE.broadcast(3) == ALONE.led(lambda: 3) == ALONE.alone(lambda: 3) == ALONE.attempt(lambda: 3) == 3
     with World.opened(5) as world:
@@ -196,6 +205,35 @@ def test_what_the_first_refuses_ends_both_with_one_line(llama_folder, text_file,
         assert [code for code, _, _ in found] == [2, 2], found
         assert [err.count("error:") for _, _, err in found] == [1, 0]
     assert not (tmp_path / "out").exists()
+    with run_lock(tmp_path / "held"):
+        found = ended(start(options(llama_folder, text_file, tmp_path / "held")))
+    assert [code for code, _, _ in found] == [2, 2] and not (tmp_path / "held").exists()
+    assert "held is in use by another run" in found[0][2] and not found[1][2]
+
+
+@pytest.mark.slow
+def test_two_share_a_model_that_stays_on_the_disk_and_begin_afresh(text_file, tmp_path):
+    model, out = tiny.make_folder(tmp_path / "model", "qwen3_moe"), tmp_path / "out"
+    recipe = Recipe(model=str(model), data=text_file, block=32, tokens="4k", remove=2, seed=1)
+    RunFolder.open(out, recipe).file("plan.json").write_text("of an earlier run")
+    (out / ".partial-leftover").write_text("")
+    (tmp_path / "tmp").mkdir()
+    more = ["--tokens", "4k", "--memory", "0.1GB", "--fresh"]
+    found = ended(start([*options(model, text_file, out), *more], TMPDIR=str(tmp_path / "tmp")))
+    assert [code for code, _, _ in found] == [0, 0], found
+    assert ["its layers are read from the disk" in err for _, _, err in found] == [True, False]
+    assert {path.name for path in out.iterdir()} <= MADE and not list((tmp_path / "tmp").iterdir())
+    alone = run.measure(Workspace(recipe.model_copy(update={"seed": 0}), Runtime(compute="float32", quiet=True)))
+    two = Similarity.read(out / "similarity.json")
+    for name in SIMILARITY:
+        values = (torch.tensor(getattr(one, name), dtype=torch.float64) for one in (two, alone))
+        torch.testing.assert_close(*values, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("here", "offloads"), [(1, False), (2, True)])
+def test_processes_of_one_machine_share_its_memory(here, offloads, llama_folder):
+    recipe, runtime = Recipe(model=str(llama_folder), replace="none"), Runtime(memory="800MB", device="cpu", quiet=True)
+    assert Workspace(recipe, runtime, World(0, 2, local_size=here)).offloads == offloads
 
 
 @pytest.mark.slow

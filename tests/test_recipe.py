@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from llm_streamline.errors import UserError
-from llm_streamline.recipe import PRESETS, Recipe, Runtime, changed_keys, make_recipe, parse_count, to_yaml
+from llm_streamline.quantities import parse_count
+from llm_streamline.recipe import PRESETS, Recipe, Runtime, changed_keys, make_recipe, to_yaml
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -12,11 +13,13 @@ from transformers import PreTrainedModel
 from llm_streamline.errors import UserError
 from llm_streamline.families import layers_of
 from llm_streamline.forward import at_boundary, run_until_stopped, stop_forward
+from llm_streamline.offload import is_offloaded
 from llm_streamline.parallel import ALONE, World
 from llm_streamline.progress import progress
 from llm_streamline.records import Matrix, Similarity
+from llm_streamline.spool import States, spooled
 
-_CHUNK_TOKENS = 2048  # bounds the float32 copies of the states at all boundaries
+_CHUNK_TOKENS, _CHUNK_BYTES = 2048, 2**26  # bound the float32 copies of the states at all boundaries
 _TINY = 1e-12
 
 
@@ -26,34 +29,49 @@ def analyze(
     batch: int,
     mask: Tensor | None = None,
     quiet: bool = False,
+    scratch: Path | None = None,
     world: World = ALONE,
 ) -> Similarity:
     """Mean cosine similarity (Eq. 1) and relative change between every two boundaries, with standard errors.
 
     `blocks` (N, T) token ids; `mask` (N, T), 1 for tokens that count and 0 for padding. The mean is over tokens within
-    a sequence, then over sequences; the standard error is over sequences. Each process of `world` takes its share of
-    the batches. Errors: UserError for non-finite states.
+    a sequence, then over sequences; the standard error is over sequences. Where the model's weights are not held, its
+    states go through a file in `scratch`. Each process of `world` takes its share of the batches. Errors: UserError
+    for non-finite states, or a disk that is full.
     """
-    mask = torch.ones_like(blocks) if mask is None else mask
-    batches = list(zip(blocks.split(batch), mask.split(batch), strict=True))
-    own = world.share(batches)  # whole batches, so that each is computed as one process would
-    sums = world.attempt(lambda: _summed(model, own, not bool(mask.all()), quiet))
+    batches = world.share(blocks.split(batch))  # whole batches, so that each is computed as one process would
+    masks = None if mask is None else world.share(mask.split(batch))
+    sums = world.attempt(lambda: _summed(model, batches, masks, quiet, scratch))
     sums.add_up(world)
-    return sums.result(tokens=int(mask.sum()))
+    return sums.result(tokens=blocks.numel() if mask is None else int(mask.sum()))
 
 
-def _summed(model: PreTrainedModel, batches: list[tuple[Tensor, Tensor]], padded: bool, quiet: bool) -> _Sums:
+def _summed(
+    model: PreTrainedModel, batches: Sequence[Tensor], masks: Sequence[Tensor] | None, quiet: bool, scratch: Path | None
+) -> _Sums:
+    """Over the sequences of these batches, of which there may be none."""
     sums = _Sums(len(layers_of(model)) + 1)
-    with (
-        progress("analyzing", sum(len(ids) for ids, _ in batches), quiet) as advance,
-        _Recorder(model).attached() as recorder,
-    ):
-        for ids, counts in batches:
-            ids, counts = ids.to(model.device, torch.long), counts.to(model.device)
-            run_until_stopped(model, ids, counts if padded else None)
-            sums.add(*_pairwise(recorder.take(), counts))
-            advance(len(ids), "sequences")
+    if masks is None and is_offloaded(model):
+        states = spooled(model, batches, scratch)
+    else:
+        states = _recorded(model, batches, masks)
+    counted = [torch.ones_like(ids) for ids in batches] if masks is None else masks
+    with progress("analyzing", sum(map(len, batches)), quiet) as advance:
+        for found, counts in zip(states, counted, strict=True):
+            sums.add(*_pairwise(found, counts.to(model.device)))
+            advance(len(counts), "sequences")
     return sums
+
+
+def _recorded(
+    model: PreTrainedModel, batches: Sequence[Tensor], masks: Sequence[Tensor] | None
+) -> Iterator[list[Tensor]]:
+    """The states at all boundaries, a micro-batch at a time."""
+    with _Recorder(model).attached() as recorder:
+        for number, ids in enumerate(batches):
+            counts = None if masks is None or bool(masks[number].all()) else masks[number].to(model.device)
+            run_until_stopped(model, ids.to(model.device, torch.long), counts)
+            yield recorder.take()
 
 
 class _Recorder:
@@ -77,7 +95,7 @@ class _Recorder:
         return states
 
 
-def _pairwise(states: list[Tensor], mask: Tensor) -> tuple[Tensor, Tensor]:
+def _pairwise(states: Sequence[States], mask: Tensor) -> tuple[Tensor, Tensor]:
     """Per sequence the mean cosine and relative change between boundaries: two (B, L+1, L+1) in float32.
 
     Both come from one Gram matrix G of each token's states: cos = G_ij / sqrt(G_ii G_jj) and
@@ -86,7 +104,8 @@ def _pairwise(states: list[Tensor], mask: Tensor) -> tuple[Tensor, Tensor]:
     sequences, length = mask.shape
     cosine = torch.zeros(sequences, len(states), len(states), device=mask.device)
     change = torch.zeros_like(cosine)
-    step = max(1, _CHUNK_TOKENS // sequences)
+    width = len(states) * states[0].shape[-1] * 4 * sequences  # bytes of a token's float32 copies
+    step = max(1, min(_CHUNK_TOKENS // sequences, _CHUNK_BYTES // width))
     for first in range(0, length, step):
         part = slice(first, min(first + step, length))
         gram = _gram([state[:, part] for state in states])

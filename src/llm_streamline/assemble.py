@@ -23,6 +23,7 @@ from llm_streamline.families import layers_of, layers_prefix, sliced_config, sli
 from llm_streamline.files import atomic
 from llm_streamline.forward import returned_values, substituted
 from llm_streamline.networks import NetworkLayer, install
+from llm_streamline.offload import is_offloaded, lend, save_lent
 from llm_streamline.oracle import (
     FOLDER,
     MANIFEST,
@@ -48,6 +49,7 @@ class Parts:
     replacement: ReplacementLayers
     tokenizer: PreTrainedTokenizerBase | None
     notices: Sequence[Path] = ()  # the source's licence files, which go with what is made of it
+    memory: int | None = None  # bytes that the check may take; a larger model is checked layer by layer
 
 
 def assemble(parts: Parts, dtype: torch.dtype, prompts: Tensor, manifest: Manifest, target: Path) -> Verification:
@@ -66,7 +68,7 @@ def assemble(parts: Parts, dtype: torch.dtype, prompts: Tensor, manifest: Manife
         manifest = manifest.model_copy(update={"tensors": tensors, "limits": limits, "weights": weight_hashes(folder)})
         manifest.write(folder / MANIFEST)
         _write_json(folder / "layer-map.json", {"layers": manifest.layer_map})
-        verification = verify(folder, trust_remote_code=True)  # which was written here, a moment ago
+        verification = verify(folder, True, parts.memory)  # trusting what was written here, a moment ago
         if not verification.passed:
             raise VerificationError(f"the assembled model is not published: {'; '.join(verification.problems)}.")
         manifest = manifest.model_copy(update={"verification": verification})
@@ -93,6 +95,8 @@ def _write_model(parts: Parts, dtype: torch.dtype, folder: Path) -> dict[str, in
         layer = layers_of(model)[parts.plan.window.start]
         assert isinstance(layer, NetworkLayer)
         write_custom_code(model, layer.spec, folder)
+    elif is_offloaded(parts.source):
+        save_lent(model, folder)
     else:
         model.save_pretrained(folder)
     if parts.source.can_generate():  # as it is: some published ones would be refused by transformers' own save
@@ -125,6 +129,10 @@ def build(parts: Parts, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str, 
         )
     model.load_state_dict({key: value.to(dtype) for key, value in weights.items()}, assign=True)
     model.tie_weights()
+    if is_offloaded(parts.source):
+        for new, (layer, source) in enumerate(zip(layers_of(model), sources, strict=True)):
+            if weights[f"{layers_prefix(config)}{new}.{next(iter(layer.state_dict()))}"].is_meta:
+                lend(layers_of(parts.source)[source], layer, dtype)
     return model, counts
 
 

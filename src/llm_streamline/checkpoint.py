@@ -21,6 +21,8 @@ from transformers import (
 from llm_streamline.errors import UserError, reason
 from llm_streamline.families import NOT_PROVEN, family_of, layers_prefix
 from llm_streamline.files import sha256
+from llm_streamline.offload import device_map
+from llm_streamline.stored import open_stored
 
 BUNDLED = "bundled"
 _LOOK = 4096  # bytes in the middle of each tensor
@@ -99,10 +101,21 @@ def _mismatch(highest: int, vocabulary: int) -> str:
     )
 
 
-def load_model(source: Source, dtype: torch.dtype | str = "auto", device: str = "cpu") -> PreTrainedModel:
-    """The frozen model in evaluation mode. `dtype` 'auto' is the checkpoint's. Errors: UserError."""
+def load_model(
+    source: Source, dtype: torch.dtype | str = "auto", device: str = "cpu", offload: Path | None = None
+) -> PreTrainedModel:
+    """The frozen model in evaluation mode. `dtype` 'auto' is the checkpoint's. Errors: UserError.
+
+    With `offload`, its decoder layers stay on the disk until they are needed; what has to be rewritten for that, as
+    for mixtures of experts, goes into that folder.
+    """
     config = load_config(source)
     check_weights(source)
+    places: dict[str, Any] = {}
+    if offload is not None and (found := _stored(source, config, dtype, device)) is not None:
+        return found.eval().requires_grad_(False)
+    if offload is not None:
+        places = {"device_map": device_map(without_weights(config), device), "offload_folder": offload}
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
             source.path,
@@ -111,6 +124,7 @@ def load_model(source: Source, dtype: torch.dtype | str = "auto", device: str = 
             use_safetensors=None if source.allow_pickle else True,
             trust_remote_code=source.trust_remote_code,
             output_loading_info=True,
+            **places,
         )
     except Exception as error:  # files, pickles and formats fail in many ways
         raise UserError(
@@ -118,7 +132,21 @@ def load_model(source: Source, dtype: torch.dtype | str = "auto", device: str = 
             "or allow weights in pickle form with --allow-pickle if it has no others."
         ) from error
     _refuse_other_weights(source, config, loading)
-    return model.to(device).eval().requires_grad_(False)
+    if offload is None:
+        model = model.to(device)
+    return model.eval().requires_grad_(False)
+
+
+def _stored(source: Source, config: PretrainedConfig, dtype: torch.dtype | str, device: str) -> PreTrainedModel | None:
+    files = [Path(source.path) / shard for shard in (_shards(Path(source.path)) if Path(source.path).is_dir() else [])]
+    wanted = checkpoint_dtype(source, config) if isinstance(dtype, str) else dtype
+    return open_stored(config, files, wanted, device) if files else None
+
+
+def without_weights(config: PretrainedConfig) -> PreTrainedModel:
+    """The model that a configuration describes, on the device that holds nothing."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
 
 
 def _refuse_other_weights(source: Source, config: PretrainedConfig, loading: dict[str, Any]) -> None:

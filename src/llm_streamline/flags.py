@@ -30,9 +30,9 @@ ONLY_COMPRESS = {
         "lr",
         "min_lr",
     ),
-    *("weight_decay", "warmup", "clip", "dtype", "preset", "dry_run", "tracker", "tasks", "checkpoint_every"),
+    *("weight_decay", "warmup", "clip", "dtype", "preset", "dry_run", "tracker", "tasks", "checkpoint_every", "fresh"),
 }
-NOT_EVALUATE = {"tracker", "dry_run", "models", "checkpoint_every", "worker_timeout"}
+NOT_EVALUATE = {"tracker", "dry_run", "models", "checkpoint_every", "worker_timeout", "fresh"}
 
 
 def _annotation(kind: Any) -> Any:

@@ -49,11 +49,11 @@ def hidden_of(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def _entering(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+def entering_state(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     return args[0] if args else kwargs["hidden_states"]
 
 
-def _call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> LayerCall:
+def captured_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> LayerCall:
     """Everything but the hidden state and the cache, which families pass under several names, or by place."""
     rest = {key: _without_cache(value) for key, value in kwargs.items() if key != "hidden_states"}
     return LayerCall(tuple(_without_cache(value) for value in args[1:]), rest)
@@ -74,7 +74,7 @@ def at_boundary(
     layers = layers_of(model)
 
     def above(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        action(_entering(args, kwargs), _call(args, kwargs))
+        action(entering_state(args, kwargs), captured_call(args, kwargs))
 
     def below(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
         action(hidden_of(output), None)
@@ -124,7 +124,8 @@ def returned_values(model: PreTrainedModel) -> int:
     outputs: list[Any] = []
     handle = layers_of(model)[0].register_forward_hook(lambda module, args, output: outputs.append(output))
     try:
-        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
+        with at_boundary(model, 1, stop_forward):
+            run_until_stopped(model, torch.zeros(1, 1, dtype=torch.long, device=model.device))
     finally:
         handle.remove()
     return len(outputs[0]) if isinstance(outputs[0], tuple) else 0
@@ -140,9 +141,9 @@ def substituted(model: PreTrainedModel, window: Window, replacement: Sequence[nn
 
     def override(module: nn.Module | None) -> Callable[..., Any]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            hidden = _entering(args, kwargs)
+            hidden = entering_state(args, kwargs)
             if module is not None:
-                hidden = _call(args, kwargs).replay(module, hidden)
+                hidden = captured_call(args, kwargs).replay(module, hidden)
             return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
         return hook

@@ -22,21 +22,23 @@ from typing import TYPE_CHECKING, Any
 
 from llm_streamline.errors import UserError
 from llm_streamline.files import sha256
+from llm_streamline.memory import memory_limit
 from llm_streamline.records import Manifest, Verification
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PretrainedConfig, PreTrainedModel
 
-_TRUST = "--trust-remote-code"
+_TRUST, _MEMORY = "--trust-remote-code", "--memory="
 FOLDER = "verification"
 MANIFEST = "streamline.json"
 TOLERANCE = 1e-5  # largest difference of a logit, relative to the largest logit, in float32
 PROMPTS = 3
 PROMPT_TOKENS = 48
-NEW_TOKENS = 16
+NEW_TOKENS, FEW_NEW_TOKENS = 16, 4  # the few where each reads the whole model from the disk
 KEPT_POSITIONS = 8  # logits of the last few positions: each depends on every token and layer before it
 LONGEST_PROMPT = 1024
+_LIBRARIES = 2**29  # bytes that torch and its like take
 
 
 def record_oracle(model: PreTrainedModel, prompts: Tensor, folder: Path) -> None:
@@ -61,8 +63,10 @@ def prompt_length(config: PretrainedConfig, sliding_window: int | None) -> tuple
     return longest, [f"checked with prompts of {longest} tokens, within the sliding window of {sliding_window}"]
 
 
-def verify(folder: Path | str, trust_remote_code: bool = False) -> Verification:
+def verify(folder: Path | str, trust_remote_code: bool = False, memory: int | None = None) -> Verification:
     """Check a model folder made by this tool, in a fresh process. Errors: UserError where it is none.
+
+    What needs more than `memory` bytes (the machine's or the container's where not given) is loaded layer by layer.
 
     `folder` is the model folder or the run folder around it; code that lies in it is run only where that is trusted.
     """
@@ -74,6 +78,7 @@ def verify(folder: Path | str, trust_remote_code: bool = False) -> Verification:
         )
     environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "llm_streamline.oracle", str(model), *([_TRUST] if custom_code else [])]
+    command += [] if memory is None else [f"{_MEMORY}{memory}"]
     with tempfile.TemporaryDirectory() as modules:  # transformers copies a folder's code there before running it
         environment["HF_MODULES_CACHE"] = modules
         done = subprocess.run(
@@ -124,22 +129,21 @@ def versions() -> dict[str, str]:
     }
 
 
-def check(folder: Path, trust_remote_code: bool = False) -> Verification:
+def check(folder: Path, trust_remote_code: bool = False, memory: int | None = None) -> Verification:
     """Load `folder` with plain transformers, in float32, and hold it against its oracle and its manifest."""
     import torch
     from safetensors.torch import load_file
-    from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
-    manifest = Manifest.read(folder / MANIFEST)
+    manifest, tensors = Manifest.read(folder / MANIFEST), stored_tensors(folder)
     oracle = load_file(folder / FOLDER / "oracle.safetensors")
-    model, loading = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=trust_remote_code
-    )
-    model.eval()
-    error = _logits_error(model, oracle)
-    cached = _generates_alike(model, oracle["input_ids"])
-    tensors = stored_tensors(folder)
+    fits = sum(tensors.values()) * 4 + _LIBRARIES <= (memory or memory_limit()) or manifest.plan.custom_code
+    with tempfile.TemporaryDirectory() as rewritten:
+        places = {} if fits else {"device_map": _on_disk(folder), "offload_folder": rewritten}
+        model, loading = _loaded(folder, trust_remote_code, places)
+        error = _logits_error(model, oracle)
+        cached = _generates_alike(model, oracle["input_ids"], NEW_TOKENS if fits else FEW_NEW_TOKENS)
+    limits = [] if fits else [f"cached generation was compared over {FEW_NEW_TOKENS} tokens, as memory is short"]
     problems = [
         *_loading_problems(loading),
         *([] if weight_hashes(folder) == manifest.weights else ["the weights are not the ones that were written"]),
@@ -157,9 +161,28 @@ def check(folder: Path, trust_remote_code: bool = False) -> Verification:
         parameters=model.num_parameters(),
         tensors=len(tensors),
         problems=problems,
-        limits=manifest.limits,
+        limits=[*manifest.limits, *limits],
         versions=versions(),
     )
+
+
+def _loaded(folder: Path, trust: bool, places: dict[str, Any]) -> tuple[PreTrainedModel, dict[str, Any]]:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model, loading = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=trust, **places
+    )
+    return model.eval(), loading
+
+
+def _on_disk(folder: Path) -> dict[str, str]:
+    from transformers import AutoConfig
+
+    from llm_streamline.checkpoint import without_weights
+    from llm_streamline.offload import device_map
+
+    return device_map(without_weights(AutoConfig.from_pretrained(folder)), "cpu")
 
 
 def _logits_error(model: PreTrainedModel, oracle: dict[str, Tensor]) -> float:
@@ -171,13 +194,13 @@ def _logits_error(model: PreTrainedModel, oracle: dict[str, Tensor]) -> float:
     return float(difference)
 
 
-def _generates_alike(model: PreTrainedModel, prompts: Tensor) -> bool:
+def _generates_alike(model: PreTrainedModel, prompts: Tensor, tokens: int) -> bool:
     """Whether greedy generation is the same with and without the cache."""
     import torch
     from transformers import GenerationConfig
 
     # the model's own settings (sampling, several sequences, penalties) have no part in this
-    model.generation_config = GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
+    model.generation_config = GenerationConfig(max_new_tokens=tokens, do_sample=False, pad_token_id=0)
     mask = torch.ones_like(prompts)
     cached, uncached = (model.generate(prompts, attention_mask=mask, use_cache=cache) for cache in (True, False))
     return torch.equal(cached, uncached)
@@ -218,7 +241,9 @@ def _count_problems(model: PreTrainedModel, manifest: Manifest, stored: int) -> 
     if model.num_parameters() != manifest.plan.parameters_after:
         problems.append(f"{model.num_parameters()} parameters where the plan says {manifest.plan.parameters_after}")
     # numbers, not tensors: transformers stores the experts of a layer one by one and holds them as one tensor
-    distinct = sum({tensor.data_ptr(): tensor.numel() for tensor in model.state_dict().values()}.values())
+    # what is on the disk has no address, and is tied to nothing
+    weights = model.state_dict().items()
+    distinct = sum({tensor.data_ptr() or name: tensor.numel() for name, tensor in weights}.values())
     if stored != distinct:
         problems.append(f"{stored} numbers are stored where the model has {distinct}")
     return problems
@@ -238,4 +263,5 @@ def _tokenizer_problems(folder: Path, trust_remote_code: bool) -> list[str]:
 
 
 if __name__ == "__main__":
-    print(check(Path(sys.argv[1]), _TRUST in sys.argv).model_dump_json())
+    _memory = [int(given.removeprefix(_MEMORY)) for given in sys.argv if given.startswith(_MEMORY)]
+    print(check(Path(sys.argv[1]), _TRUST in sys.argv, *_memory).model_dump_json())

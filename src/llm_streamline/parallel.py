@@ -1,7 +1,7 @@
 """Several processes as one: the first decides, says and writes; the others take their share of the computing.
 
-They are started by torchrun, `accelerate launch` or anything else that sets RANK, WORLD_SIZE, MASTER_ADDR and
-MASTER_PORT. A world of one, which is what there is without them, needs no process group and changes nothing.
+They are started by torchrun or anything else that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
+A world of one, which is what there is without them, needs no process group and changes nothing.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class World:
     size: int = 1
     timeout: float = 0.0
     local_rank: int = 0
+    local_size: int = 1  # of this machine
 
     @classmethod
     @contextmanager
@@ -42,7 +43,7 @@ class World:
             int(os.environ.get(name, usual))
             for name, usual in zip(("RANK", "WORLD_SIZE", "LOCAL_RANK"), "010", strict=True)
         )
-        world = cls(rank, size, timeout, local)
+        world = cls(rank, size, timeout, local, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
         if size > 1:
             with world._watched():
                 world._start()
@@ -55,7 +56,7 @@ class World:
 
     def _start(self) -> None:
         """NCCL where every process of this machine has a GPU of its own; CPU tensors always go by gloo."""
-        own_gpu = torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
+        own_gpu = torch.cuda.device_count() >= self.local_size
         if own_gpu:
             os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # so that a lost worker is an error, not an abort
             torch.cuda.set_device(self.local_rank)
@@ -147,7 +148,7 @@ class World:
         """From here on this process is alone; it keeps its rank."""
         if self.size > 1 and dist.is_initialized():  # a tracker may have ended it
             dist.destroy_process_group()
-        self.size = 1
+        self.size = self.local_size = 1
 
 
 ALONE = World()

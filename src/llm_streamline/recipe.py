@@ -10,29 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from llm_streamline.errors import UserError, reason
-
-_COUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([kmbt]?)", re.IGNORECASE)
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*([smh]?)", re.IGNORECASE)
-_SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600}
-_SCALE = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
-
-
-def parse_count(value: Any) -> Any:
-    """'250k' -> 250000, '1.5M' -> 1500000; whole numbers pass through. Errors: ValueError for anything else."""
-    if value is None or isinstance(value, int):
-        return value
-    match = _COUNT.fullmatch(str(value).strip())
-    if not match:
-        raise ValueError(f"{value!r} is no count; write a whole number, or one with k, M or B, such as 250k")
-    return round(float(match[1]) * _SCALE[match[2].lower()])
-
-
-def parse_duration(value: Any) -> Any:
-    """'5m' -> 300.0 seconds; numbers are seconds. Errors: ValueError for anything else."""
-    match = _DURATION.fullmatch(str(value).strip())
-    if not match:
-        raise ValueError(f"{value!r} is no time; write a number with s, m or h, such as 5m")
-    return float(match[1]) * _SECONDS[match[2].lower()]
+from llm_streamline.quantities import Count, Duration, Fraction, Size
 
 
 def as_text(value: Any) -> Any:
@@ -55,11 +33,6 @@ def check_replace(value: str) -> str:
     if not re.fullmatch(r"none|mlp|layer(:[1-9]\d*)?|(ffn|swiglu)(:residual)?", value):
         raise ValueError("there is no such replacement")
     return value
-
-
-Count = Annotated[int, BeforeValidator(parse_count), Field(gt=0)]
-Duration = Annotated[float, BeforeValidator(parse_duration), Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Schema(BaseModel):
@@ -227,6 +200,11 @@ class Runtime(Schema):
         "auto",
         description="Number format to compute in; auto takes bfloat16 where the machine multiplies it fast.",
     )
+    memory: Size | None = Field(
+        None,
+        description="Memory to keep within, e.g. 16GB; a model that needs more is read from the disk layer by layer. "
+        "[default: what the machine, or the container, has]",
+    )
     threads: int | None = Field(None, gt=0, description="CPU threads. [default: torch's choice]")
     tasks: Annotated[tuple[str, ...], BeforeValidator(as_several)] = Field(
         ("quick",),
@@ -238,6 +216,7 @@ class Runtime(Schema):
         description="How often training writes its state, from which the same command continues after any "
         "interruption, e.g. 2s, 5m or 1h. [default: 5m]",
     )
+    fresh: bool = Field(False, description="Begin again: delete what an earlier run left in the output folder.")
     worker_timeout: Duration = Field(
         600.0,
         description="How long the processes of one run, as torchrun starts them, wait for one another before they "

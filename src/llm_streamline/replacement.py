@@ -26,6 +26,7 @@ from llm_streamline.errors import UserError
 from llm_streamline.families import family_of, inner_width, layers_of, never_identity
 from llm_streamline.forward import LayerCall
 from llm_streamline.networks import NETWORKS, NetworkLayer, start
+from llm_streamline.offload import onloaded
 
 
 class ReplacementLayers(nn.ModuleList):
@@ -56,13 +57,18 @@ def build_replacement(
     if network_spec(replace, model.config):
         layers = _networks(model, places, init, seed, replace)
     else:
-        layers = ReplacementLayers(copy.deepcopy(layers_of(model)[place]) for place in places).float()
+        layers = ReplacementLayers(_copied(layers_of(model)[place]) for place in places).float()
         if init == "random":
             _randomize(layers, model, seed)
     layers.eval().requires_grad_(True)
     if replace == "mlp":
         _silence_attention(layers, model.config)
     return layers
+
+
+def _copied(layer: nn.Module) -> nn.Module:
+    with onloaded(layer) as bare:
+        return copy.deepcopy(bare)
 
 
 def network_spec(replace: str, config: PretrainedConfig) -> dict[str, Any] | None:
@@ -86,7 +92,8 @@ def _networks(model: PreTrainedModel, places: Sequence[int], init: str, seed: in
             start(layer)
     if init == "inherited":
         for layer, place in zip(layers, places, strict=True):
-            _inherit(layer, layers_of(model)[place], model.config, replace)
+            with onloaded(layers_of(model)[place]) as source:
+                _inherit(layer, source, model.config, replace)
     return ReplacementLayers(layers)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
@@ -18,6 +19,7 @@ from llm_streamline.errors import Dismissed, UserError
 from llm_streamline.evaluation import EVALUATION, Evaluation, Request, Result
 from llm_streamline.files import atomic, remove_leftovers, sha256
 from llm_streamline.forward import substituted
+from llm_streamline.lock import run_lock
 from llm_streamline.oracle import MANIFEST, versions
 from llm_streamline.page import PAGE, write_evaluation_report, write_report
 from llm_streamline.parallel import World
@@ -34,7 +36,7 @@ from llm_streamline.snapshot import Snapshot
 from llm_streamline.text import shuffled
 from llm_streamline.tracking import check_tracker, tracking
 from llm_streamline.train import Settings, Trainer, rates
-from llm_streamline.workspace import RunFolder, Workspace, own_contents
+from llm_streamline.workspace import RunFolder, Workspace, output_folder, own_contents
 
 NO_TASKS = "none"
 SNAPSHOT = "checkpoint.safetensors"  # the state of a training that has not come to its end
@@ -45,22 +47,45 @@ def compress(recipe: Recipe, runtime: Runtime | None = None) -> Result:
     """Find the redundant layers, remove them, train their replacement, write a verified HuggingFace folder.
 
     Returns what lies in `runtime.output`. Errors: UserError before anything is written where the recipe cannot be
-    followed; VerificationError where the result does not compute what it should; Dismissed in every process but the
-    first once it has helped to train.
+    followed, or another run holds the folder; VerificationError where the result does not compute what it should;
+    Dismissed in every process but the first once it has helped to train.
     """
     runtime = runtime or Runtime()
-    with World.opened(runtime.worker_timeout) as world:
-        work = Workspace(recipe, runtime, world)
-        folder = RunFolder(runtime.output or Path(), recipe, world)
-        tasks = world.alone(lambda: prepare(work))
-        similarity = folder.stage("similarity.json", Similarity, lambda: measure(work))
-        folder.stage("inputs.json", Inputs, lambda: world.led(work.inputs))
-        plan = folder.stage("plan.json", LayerPlan, lambda: world.led(lambda: decide(work, similarity)))
-        say(describe(plan), work.runtime.quiet)
-        world.alone(lambda: draw_choice(similarity, plan, folder))
-        fit = train_replacement(work, plan, folder)
-    if not world.first:
-        raise Dismissed
+    with ExitStack() as held:
+        with World.opened(runtime.worker_timeout) as world:
+            work = Workspace(recipe, runtime, world)
+            begun = world.alone(lambda: begin(work, held))
+            folder, tasks = begun or (RunFolder(Path(), recipe, world=world), [])
+            similarity = folder.stage("similarity.json", Similarity, lambda: measure(work))
+            folder.stage("inputs.json", Inputs, lambda: world.led(work.inputs))
+            plan = folder.stage("plan.json", LayerPlan, lambda: world.led(lambda: decide(work, similarity)))
+            say(describe(plan), work.runtime.quiet)
+            world.alone(lambda: draw_choice(similarity, plan, folder))
+            fit = train_replacement(work, plan, folder)
+        if not world.first:
+            raise Dismissed
+        return finish(work, folder, tasks, similarity, plan, fit)
+
+
+def begin(work: Workspace, held: ExitStack) -> tuple[RunFolder, list[Task]]:
+    """The run folder, locked until `held` ends, and what will be asked in the end; all that can be is refused first.
+
+    Errors: UserError, with nothing written or deleted.
+    """
+    recipe, runtime = work.recipe, work.runtime
+    held.enter_context(run_lock(output_folder(runtime.output)))
+    folder = RunFolder.open(runtime.output, recipe, runtime.fresh, work.world)
+    check_all(work)
+    folder.check_inputs(work.inputs)
+    tasks = tasks_to_ask(work)
+    folder.begin()
+    return folder, tasks
+
+
+def finish(
+    work: Workspace, folder: RunFolder, tasks: list[Task], similarity: Similarity, plan: LayerPlan, fit: Fit | None
+) -> Result:
+    """What the first process does alone, once all have measured and trained."""
     verification = assemble_model(work, plan, fit, similarity, folder)
     scores = folder.stage("scores.json", Scores, lambda: score(work, plan, folder))
     evaluation, news = evaluate_models(work, plan, tasks, folder)
@@ -69,16 +94,6 @@ def compress(recipe: Recipe, runtime: Runtime | None = None) -> Result:
         write_report(folder.path)
     places = {"model": str(folder.path / "model"), "report": str(folder.path / PAGE)}
     return Result(plan=plan, fit=fit, scores=scores, verification=verification, evaluation=evaluation, **places)
-
-
-def prepare(work: Workspace) -> list[Task]:
-    """Everything that is refused before anything is measured; what will be asked in the end. Errors: UserError."""
-    folder = RunFolder.open(work.runtime.output, work.recipe)
-    check_all(work)
-    check_inputs(work, folder)
-    tasks = tasks_to_ask(work)
-    remove_leftovers(folder.path)
-    return tasks
 
 
 def evaluate(request: Request, runtime: Runtime) -> Evaluation:
@@ -96,7 +111,7 @@ def plan_only(recipe: Recipe, runtime: Runtime) -> LayerPlan:
     """The plan that `compress` would follow; nothing is written."""
     with World.opened(runtime.worker_timeout) as world:
         work = Workspace(recipe, runtime, world)
-        world.alone(lambda: runtime.output and RunFolder.open(runtime.output, recipe))
+        world.alone(lambda: runtime.output and RunFolder.open(runtime.output, recipe, runtime.fresh))
         world.alone(lambda: check_all(work))
         similarity = measure(work)
     if not world.first:
@@ -119,18 +134,6 @@ def check_all(work: Workspace) -> None:
     assert work.device
 
 
-def check_inputs(work: Workspace, folder: RunFolder) -> None:
-    """Refuse to continue a run whose model or text is not what it began with. Errors: UserError."""
-    if folder.has("inputs.json") and not folder.has("scores.json"):
-        then, now = Inputs.read(folder.path / "inputs.json"), work.inputs()
-        if then != now:
-            what = "model" if then.model != now.model else "text"
-            raise UserError(
-                f"the {what} is not the one that the run in {folder.path} began with; "
-                "put it back, delete the folder, or give another."
-            )
-
-
 def describe(plan: LayerPlan) -> str:
     fewer = 1 - plan.parameters_after / plan.parameters_before
     lines = [
@@ -147,9 +150,9 @@ def describe(plan: LayerPlan) -> str:
 def measure(work: Workspace) -> Similarity:
     """Stage 1: the similarity of every window on the calibration part."""
     work.share()  # before the model is read, so that unusable text is refused first
-    model = work.world.attempt(lambda: work.model)
-    batch, quiet = work.batch(FORWARD_TOKENS), work.runtime.quiet
-    return analyze(model, work.parts.calibration, batch, quiet=quiet, world=work.world)
+    model, scratch = work.world.attempt(lambda: (work.model, work.scratch if work.offloads else None))
+    calibration, batch = work.parts.calibration, work.batch(FORWARD_TOKENS)
+    return analyze(model, calibration, batch, quiet=work.runtime.quiet, scratch=scratch, world=work.world)
 
 
 def draw_choice(similarity: Similarity, plan: LayerPlan, folder: RunFolder) -> None:
@@ -216,7 +219,8 @@ def assemble_model(
     source = work.model_as_saved()
     replacement = load_replacement(work, plan, folder) if plan.occupied else ReplacementLayers()
     files = source_files(work.source.path)
-    parts = ModelParts(source, plan, replacement, work.tokenizer, [file for file in files if is_licence(file)])
+    licences = [file for file in files if is_licence(file)]
+    parts = ModelParts(source, plan, replacement, work.tokenizer, licences, work.memory)
     manifest = Manifest(
         command=work.runtime.command,
         recipe=work.recipe.model_dump(mode="json", exclude_none=True),
@@ -251,7 +255,7 @@ def score(work: Workspace, plan: LayerPlan, folder: RunFolder) -> Scores:
 
 def tasks_to_ask(work: Workspace) -> list[Task]:
     """What is asked in the end, besides questions of the run's own text. Errors: UserError."""
-    given = work.runtime.tasks
+    given = tasks_given(work)
     if NO_TASKS in given and len(set(given)) > 1:
         raise UserError("--tasks none was given together with other tasks; give either.")
     tasks = open_tasks([name for name in given if name != NO_TASKS], None)
@@ -261,6 +265,11 @@ def tasks_to_ask(work: Workspace) -> list[Task]:
     return tasks
 
 
+def tasks_given(work: Workspace) -> tuple[str, ...]:
+    """What was asked for; nothing, where nothing was said and each question would read the model from the disk."""
+    return (NO_TASKS,) if work.offloads and "tasks" not in work.runtime.model_fields_set else work.runtime.tasks
+
+
 def evaluate_models(
     work: Workspace, plan: LayerPlan, tasks: list[Task], folder: RunFolder
 ) -> tuple[Evaluation | None, bool]:
@@ -268,7 +277,7 @@ def evaluate_models(
 
     None where nothing was to be asked; what an earlier run has asked is not asked again.
     """
-    if NO_TASKS in work.runtime.tasks:
+    if NO_TASKS in tasks_given(work):
         return None, False
     if folder.has(EVALUATION):
         kept = Evaluation.read(folder.path / EVALUATION)
@@ -284,18 +293,15 @@ def evaluate_models(
 def standings(work: Workspace, plan: LayerPlan, folder: RunFolder) -> dict[str, Standing]:
     """The dense model, the same with its window left out unless that is what was saved, and the saved one."""
     target = folder.path / "model"
-    dense, saved = (
-        checkpoint.fingerprint(work.source),
-        sha256(json.dumps(Manifest.read(target / MANIFEST).weights).encode()),
-    )
+    dense = checkpoint.fingerprint(work.source)
+    saved = sha256(json.dumps(Manifest.read(target / MANIFEST).weights).encode())
     common = (work.compute, checkpoint.context_length(work.config), work.tokenizer)
     found = {DENSE: Standing(work.recipe.model, dense, *common, lambda: work.model)}
     if plan.occupied:
         cut = sha256(dense.encode(), str(plan.plain_window).encode())
         without = lambda: substituted(work.model, plan.plain_window)  # noqa: E731
-        found[CUT] = Standing(
-            f"{work.recipe.model} without {plan.plain_window}", cut, *common, lambda: work.model, without
-        )
+        name = f"{work.recipe.model} without {plan.plain_window}"
+        found[CUT] = Standing(name, cut, *common, lambda: work.model, without)
     found[SAVED] = Standing(str(target), saved, *common, lambda: work.load_saved(target, plan.custom_code))
     return found
 
@@ -315,21 +321,29 @@ def publish_scores(scores: Scores, evaluation: Evaluation | None, folder: RunFol
 
 def analyze_model(recipe: Recipe, runtime: Runtime) -> tuple[Similarity, Path]:
     """`similarity.json` and its figures in a folder of their own. Errors: UserError for a folder that is not ours."""
-    folder = runtime.output or Path(f"{Path(recipe.model).name}-analysis")
-    if folder.exists() and (not folder.is_dir() or own_contents(folder) - ANALYSIS_FILES):
-        raise UserError(f"-o {folder} holds other things than an analysis; give a folder that is new or empty.")
-    with World.opened(runtime.worker_timeout) as world:
-        untrained = recipe.model_copy(update={"replace": "none"})  # which needs no text to train on
-        work = Workspace(untrained, runtime, world)
-        world.alone(lambda: check_protected(work.shape, recipe))
-        similarity = measure(work)
-    if not world.first:
-        raise Dismissed
-    remove_leftovers(folder)
-    similarity.write(folder / "similarity.json")
-    figures.draw_similarity(similarity, folder / "similarity.png")
-    figures.draw_heat_map(similarity, folder / "heat-map.png")
+    untrained = recipe.model_copy(update={"replace": "none"})  # which needs no text to train on
+    with ExitStack() as held:
+        with World.opened(runtime.worker_timeout) as world:
+            work = Workspace(untrained, runtime, world)
+            folder = world.alone(lambda: begin_analysis(work, held))
+            similarity = measure(work)
+        if not world.first:
+            raise Dismissed
+        remove_leftovers(folder)
+        similarity.write(folder / "similarity.json")
+        figures.draw_similarity(similarity, folder / "similarity.png")
+        figures.draw_heat_map(similarity, folder / "heat-map.png")
     return similarity, folder
+
+
+def begin_analysis(work: Workspace, held: ExitStack) -> Path:
+    """The folder, locked until `held` ends. Errors: UserError where it is not ours, or nothing can be measured."""
+    folder = output_folder(work.runtime.output or Path(f"{Path(work.recipe.model).name}-analysis"))
+    held.enter_context(run_lock(folder))
+    if own_contents(folder) - ANALYSIS_FILES:
+        raise UserError(f"-o {folder} holds other things than an analysis; give a folder that is new or empty.")
+    check_protected(work.shape, work.recipe)
+    return folder
 
 
 ANALYSIS_FILES = {"similarity.json", "similarity.png", "heat-map.png"}

@@ -20,7 +20,7 @@ from llm_streamline.forward import Passage
 from llm_streamline.history import History, Track
 from llm_streamline.interruption import stop_between_steps
 from llm_streamline.parallel import ALONE, World, sum_gradients
-from llm_streamline.passages import streamed
+from llm_streamline.passages import passages_of
 from llm_streamline.progress import Advance, progress, say
 from llm_streamline.recipe import Recipe
 from llm_streamline.records import Fit, Window
@@ -134,7 +134,7 @@ class Trainer:
 
     def passages(self, batches: Sequence[Tensor]) -> Iterator[Passage]:
         """What crosses the window's boundaries on each micro-batch of token ids (B, T), made when it is asked for."""
-        return streamed(self.model, self.window, self.settings.autocast)(batches)
+        return passages_of(self.model, self.window, self.settings.autocast)(batches)
 
     def loss(self, passage: Passage) -> Tensor:
         """The distillation loss on one micro-batch."""

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+import tempfile
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import TypeVar
 
-import psutil
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -15,48 +19,97 @@ from transformers.utils import logging
 from llm_streamline import checkpoint
 from llm_streamline.errors import UserError
 from llm_streamline.families import parameter_counts
-from llm_streamline.files import TEMPORARY, write_text
+from llm_streamline.files import TEMPORARY, remove, remove_leftovers, write_text
+from llm_streamline.lock import LOCK
+from llm_streamline.memory import memory_limit
+from llm_streamline.offload import is_offloaded, round_stored, stored_weights
 from llm_streamline.parallel import ALONE, World
+from llm_streamline.progress import say
 from llm_streamline.recipe import Recipe, Runtime, changed_keys, read_yaml, to_yaml
 from llm_streamline.records import Inputs, ModelShape, Record
 from llm_streamline.replacement import ReplacementLayers, build_replacement
 from llm_streamline.text import Parts, read_parts
 
 RECIPE = "recipe.yaml"
+MADE = {  # what a run makes in its folder: all that --fresh may delete
+    *("inputs.json", "similarity.json", "similarity.png", "heat-map.png", "plan.json", "checkpoint.safetensors"),
+    *("tracking", "replacement", "model", "scores.json", "own-text.jsonl", "items", "scores", "evaluation.json"),
+    *("report.html", RECIPE),
+}
+TRAINING_BYTES = (
+    24  # of a trained parameter: its float32 weight, gradient, two moments, best value, and a copy to write
+)
+LIBRARIES = 2**29  # bytes that torch and its like take
 R = TypeVar("R", bound=Record)
 
 
 def own_contents(folder: Path) -> set[str]:
-    """Names in a folder, but for what a killed run left half-written."""
+    """Names in a folder, but for the lock's and what a killed run left half-written."""
     if not folder.exists():
         return set()
-    return {entry.name for entry in folder.iterdir() if not entry.name.startswith(TEMPORARY)}
+    return {entry.name for entry in folder.iterdir() if not entry.name.startswith((TEMPORARY, LOCK))}
+
+
+def output_folder(path: Path | None) -> Path:
+    """Where to write, which need not exist yet. Errors: UserError for no path, or that of a file."""
+    if path is None:
+        raise UserError("no output folder was given; name one with -o, such as -o streamlined.")
+    if path.exists() and not path.is_dir():
+        raise UserError(f"-o {path} is a file; give a folder that is new or empty.")
+    return path
 
 
 class RunFolder:
     """The run folder: a stage whose file is there is done. Nothing is made on disk before the first result."""
 
-    def __init__(self, path: Path, recipe: Recipe, world: World = ALONE) -> None:
-        self.path, self._recipe, self._world = path, recipe, world
+    def __init__(self, path: Path, recipe: Recipe, fresh: bool = False, world: World = ALONE) -> None:
+        self.path, self._recipe, self._fresh, self._world = path, recipe, fresh, world
 
     @classmethod
-    def open(cls, path: Path | None, recipe: Recipe) -> RunFolder:
-        """Continue or begin a run in `path`. Errors: UserError where it is not ours to continue."""
-        if path is None:
-            raise UserError("no output folder was given; name one with -o, such as -o streamlined.")
-        if path.exists() and not path.is_dir():
-            raise UserError(f"-o {path} is a file; give a folder that is new or empty.")
+    def open(cls, path: Path | None, recipe: Recipe, fresh: bool = False, world: World = ALONE) -> RunFolder:
+        """Continue or begin a run in `path`, in the first process; it may be no path of another's.
+
+        Errors: UserError where it is not ours to continue, or to delete.
+        """
+        path = output_folder(path)
         contents = own_contents(path)
-        if RECIPE in contents:
+        fresh = fresh and RECIPE in contents
+        if fresh:
+            check_deletable(path, contents, recipe)
+        elif RECIPE in contents:
             changed = changed_keys(Recipe(**read_yaml(path / RECIPE)), recipe)
             if changed:
                 raise UserError(
                     f"-o {path} holds a run of another recipe ({', '.join(changed)} changed); "
-                    "repeat the command as it was, delete the folder, or give another."
+                    "repeat the command as it was, begin again with --fresh, or give another folder."
                 )
         elif contents:
             raise UserError(f"-o {path} is not empty and not a run of this tool; give a folder that is new or empty.")
-        return cls(path, recipe)
+        return cls(path, recipe, fresh, world)
+
+    def check_inputs(self, inputs: Callable[[], Inputs]) -> None:
+        """Refuse to continue a run whose model or text is not what it began with. Errors: UserError."""
+        if self.has("inputs.json") and not self.has("scores.json") and not self._fresh:
+            then, now = Inputs.read(self.path / "inputs.json"), inputs()
+            if then != now:
+                what = "model" if then.model != now.model else "text"
+                raise UserError(
+                    f"the {what} is not the one that the run in {self.path} began with; "
+                    "put it back, begin again with --fresh, or give another folder."
+                )
+
+    def begin(self) -> None:
+        """Delete what a killed run left half-written and, to begin afresh, all that an earlier run made.
+
+        The recipe goes last: until then the folder is known as a run. Errors: UserError where something stays.
+        """
+        remove_leftovers(self.path)
+        if self._fresh:
+            for name in MADE - {RECIPE}:
+                remove(self.path / name)
+            if left := own_contents(self.path) - {RECIPE}:
+                raise UserError(f"{self.path / min(left)} cannot be deleted; delete it yourself, or give another -o.")
+            remove(self.path / RECIPE)
 
     def file(self, name: str) -> Path:
         """Where a result belongs, with the recipe lying beside it before it is made."""
@@ -75,6 +128,16 @@ class RunFolder:
         record = make()
         self._world.alone(lambda: record.write(self.file(name)))
         return record
+
+
+def check_deletable(folder: Path, contents: set[str], recipe: Recipe) -> None:
+    """Errors: UserError where --fresh would take more than an earlier run's results, or what this one reads."""
+    if foreign := contents - MADE:
+        raise UserError(f"--fresh would delete {folder / min(foreign)}, which no run made; move it away.")
+    for name in (recipe.model, *recipe.data):
+        path = Path(re.sub(r"@[\d.]+$|[^/]*[*?\[].*$", "", name))  # without a share; of a pattern, its folder
+        if path.exists() and path.resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"--fresh would delete {name}, which this run reads; give another -o.")
 
 
 class Workspace:
@@ -96,8 +159,7 @@ class Workspace:
 
     @cached_property
     def _without_weights(self) -> PreTrainedModel:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(self.config)
+        return checkpoint.without_weights(self.config)
 
     @cached_property
     def shape(self) -> ModelShape:
@@ -164,14 +226,56 @@ class Workspace:
 
     def _refuse_overflow(self, model: PreTrainedModel) -> None:
         largest = torch.finfo(self.dtype).max
-        if self.recipe.dtype and any(bool((p.abs() > largest).any()) for p in model.parameters()):
+        if not self.recipe.dtype:
+            return
+        held = ((name, value) for name, value in model.named_parameters() if not value.is_meta)
+        stored = stored_weights(model) if is_offloaded(model) else ()
+        if any(bool((value.abs() > largest).any()) for _, value in chain(held, stored)):
             raise UserError(f"--dtype {self.recipe.dtype} cannot hold the model's weights; use bfloat16 or float32.")
 
     def load(self, source: checkpoint.Source) -> PreTrainedModel:
-        return checkpoint.load_model(source, self.compute_dtype, self.device)
+        offload = self.scratch if self.offloads else None
+        return checkpoint.load_model(source, self.compute_dtype, self.device, offload)
+
+    @cached_property
+    def offloads(self) -> bool:
+        """Whether the model's layers stay on the disk, as they would not fit beside what is trained."""
+        offloads = not self._fits(self.compute_dtype.itemsize)
+        if offloads:
+            say(
+                f"the model does not fit in {self._room / 1e9:.1f} GB: its layers are read from the disk, one by one",
+                self.runtime.quiet,
+            )
+        return offloads
+
+    def _fits(self, bytes_each: int) -> bool:
+        """Whether so many bytes for each of the model's parameters fit, beside the replacement in training."""
+        trained = self.shape.network or max(self.shape.layers) * self.recipe.occupied
+        return self.shape.total * bytes_each + trained * TRAINING_BYTES + LIBRARIES <= self._room
+
+    @property
+    def _room(self) -> int:
+        """This process's part of the memory, which others of its machine may have to share."""
+        spread = self.device.startswith("cuda") and ":" not in self.runtime.device
+        return self.memory // -(-self.world.local_size // (torch.cuda.device_count() if spread else 1))
+
+    @cached_property
+    def scratch(self) -> Path:
+        """A folder for what is too large for memory; gone with the workspace, or with the next run's beginning.
+
+        Only the first process has it in the run folder, which it alone cleans and which no other may see.
+        """
+        output = self.runtime.output if self.world.first and not self.runtime.dry_run else None
+        if output is not None:
+            output.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=output))
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        return folder
 
     def load_saved(self, folder: Path, custom_code: bool) -> PreTrainedModel:
         """A model that this run has written and verified, in the number format to compute in."""
+        if not custom_code and self.offloads:
+            return self.load(checkpoint.Source(str(folder)))
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=self.compute_dtype, trust_remote_code=custom_code)
         return model.to(self.device).eval().requires_grad_(False)
 
@@ -189,7 +293,11 @@ class Workspace:
         same = self.model.dtype == torch.float32 and self.dtype == self.checkpoint_dtype
         if same and self.device == "cpu":
             return self.model
-        return checkpoint.round_weights(checkpoint.load_model(self.source, torch.float32), self.dtype)
+        offload = None if self._fits(4 + self.compute_dtype.itemsize) else self.scratch
+        model = checkpoint.load_model(self.source, torch.float32, offload=offload)
+        if is_offloaded(model):
+            round_stored(model, self.dtype)
+        return checkpoint.round_weights(model, self.dtype)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -216,9 +324,11 @@ class Workspace:
     @cached_property
     def memory(self) -> int:
         """Bytes of memory where the model computes, in use or not: a default taken from it can be repeated."""
+        if self.runtime.memory is not None:
+            return self.runtime.memory
         if self.device.startswith("cuda"):
             return torch.cuda.mem_get_info(self.device)[1]
-        return psutil.virtual_memory().total
+        return memory_limit()
 
     def batch(self, tokens: int) -> int:
         """Sequences that make up about `tokens` tokens."""

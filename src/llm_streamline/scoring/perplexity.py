@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
+from llm_streamline.layerwise import logits_of
 from llm_streamline.progress import progress
 from llm_streamline.records import Loss
 
@@ -22,8 +23,9 @@ def next_token_loss(model: PreTrainedModel, blocks: Tensor, batch: int, title: s
     """Mean negative log-likelihood in nats per token over `blocks` (N, T), with its standard error over sequences."""
     losses: list[float] = []
     with progress(f"loss of {title}", len(blocks), quiet) as advance:
-        for ids in blocks.split(batch):
-            losses += _losses(model, ids.to(model.device, torch.long)).mean(dim=1).tolist()
+        some = blocks.split(batch)
+        for ids, logits in zip(some, logits_of(model, [ids[:, :-1] for ids in some]), strict=True):
+            losses += _of_logits(logits, ids).mean(dim=1).tolist()
             advance(len(ids), "sequences")
     mean = math.fsum(losses) / len(losses)
     variance = math.fsum((loss - mean) ** 2 for loss in losses) / max(len(losses) - 1, 1)
@@ -60,5 +62,9 @@ def batches(lengths: Sequence[int], batch: int | None) -> Iterator[list[int]]:
 
 def _losses(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """Loss of every token but the first of each sequence, (B, T - 1), in float32."""
-    logits = model(input_ids=ids[:, :-1], use_cache=False).logits.float()
+    return _of_logits(model(input_ids=ids[:, :-1], use_cache=False).logits, ids)
+
+
+def _of_logits(logits: Tensor, ids: Tensor) -> Tensor:
+    logits, ids = logits.float(), ids.to(logits.device, torch.long)
     return nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(len(ids), -1)
