@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from llm_streamline import run
+from llm_streamline import preview, run
 from llm_streamline.errors import UserError
 from llm_streamline.estimate import predict, sizes_of
 from llm_streamline.recipe import Recipe, Runtime
@@ -31,7 +31,7 @@ def test_every_family_is_estimated_and_timed(name, tmp_path):
     for file in folder.glob("*.safetensors"):
         file.unlink()  # the configuration is all that is read
     recipe = Recipe(model=str(folder), block=32, tokens=3200, remove=2)
-    found = run.estimate_only(recipe, Runtime(quiet=True))
+    found = preview.estimate_only(recipe, Runtime(quiet=True))
     assert [stage.name for stage in found.stages] == ["analysis", "training", "assembly", "verification", "scores"]
     assert found.fits and not found.offloaded and found.disk > 0
     timed = {stage.name for stage in found.stages if stage.seconds is not None}

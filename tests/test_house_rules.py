@@ -17,7 +17,7 @@ SOURCE = ROOT / "src" / "llm_streamline"
 MODULES = sorted(path for path in SOURCE.rglob("*.py"))
 PRODUCT = [path for path in MODULES if "demo" not in path.relative_to(SOURCE).parts]
 STAGES = {"analyze", "choose", "train", "assemble", "scoring", "report", "figures", "page"}
-CONDUCTORS = {"run", "cli", "demonstration", "__init__", "__main__"}
+CONDUCTORS = {"run", "preview", "cli", "demonstration", "__init__", "__main__"}
 FAMILY_NAMES = re.compile(
     r"\b(llama|opt|mistral|mixtral|qwen\w*|gemma\w*|phi3?|gpt2|gpt_neox?|bloom|falcon|olmo\w*|granite|starcoder\w*|smollm\w*|"
     r"cohere\w*|deepseek\w*|glm\w*|exaone\w*|baichuan|mamba|jamba)\b",
@@ -90,9 +90,11 @@ def test_every_module_has_its_tests():
         "spool": "offload",
         "stored": "offload",
         "probe": "estimate",
+        "preview": "run",
         "quantities": "recipe",
     }
     elsewhere |= {"passages": "train", "history": "train", "interruption": "snapshot"}
+    elsewhere |= {"tracking": "run"}
     elsewhere |= {"charts": "page", "verdict": "page"}
     elsewhere |= {"workspace": "run", "checkpoint": "cli", "records": "choose", "errors": "cli"}
     elsewhere |= {

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from llm_streamline import run
+from llm_streamline import preview, run
 from llm_streamline.errors import UserError
 from llm_streamline.lock import run_lock
 from llm_streamline.recipe import Recipe, Runtime
@@ -67,7 +67,7 @@ def test_a_lock_leaves_nothing_behind(tmp_path):
 
 def test_a_second_run_is_refused_and_told_who_has_the_folder(recipe, tmp_path):
     with held(tmp_path / "out") as owner:
-        for second in (run.compress, run.analyze_model):
+        for second in (run.compress, preview.analyze_model):
             with pytest.raises(UserError, match=rf"out is in use by another run \(process {owner.pid} on .* since 2"):
                 second(recipe(), quiet(tmp_path / "out", fresh=True))
         assert {path.name for path in (tmp_path / "out").iterdir()} == {".lock", ".lock-owner"}
@@ -105,7 +105,7 @@ def test_fresh_deletes_a_run_of_another_recipe(recipe, tmp_path):
 
 def test_what_is_refused_deletes_nothing(recipe, tmp_path):
     earlier_run(tmp_path / "out", recipe())
-    run.plan_only(recipe(), quiet(tmp_path / "out", fresh=True))
+    preview.plan_only(recipe(), quiet(tmp_path / "out", fresh=True))
     inside = str(tmp_path / "out" / "model")
     for changes, words in (({"remove": "99"}, "--remove"), ({"model": inside}, "reads"), ({"data": inside}, "reads")):
         with pytest.raises(UserError, match=words):

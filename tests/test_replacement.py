@@ -16,9 +16,10 @@ from llm_streamline import assemble, oracle
 from llm_streamline.errors import UserError
 from llm_streamline.families import layers_of
 from llm_streamline.networks import FeedForward, GatedFeedForward, NetworkLayer
+from llm_streamline.preview import plan_only
 from llm_streamline.recipe import Recipe, Runtime
 from llm_streamline.replacement import build_replacement
-from llm_streamline.run import compress, plan_only
+from llm_streamline.run import compress
 from tests import tiny
 
 FAMILIES = [name for name in ("llama", "opt", "gemma2", "gpt_neox", "qwen3_moe") if name in tiny.CONFIGS]

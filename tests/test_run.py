@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import llm_streamline
 from llm_streamline import assemble as assemble_module
-from llm_streamline import oracle, run
+from llm_streamline import oracle, preview, run
 from llm_streamline.errors import UserError
 from llm_streamline.recipe import Recipe, Runtime
 from llm_streamline.train import Trainer
@@ -247,17 +247,17 @@ def test_bfloat16_computing_saves_in_the_checkpoints_format(recipe, tmp_path):
 
 
 def test_planning_writes_nothing(recipe, tmp_path):
-    plan = run.plan_only(recipe(), quiet(tmp_path / "out"))
+    plan = preview.plan_only(recipe(), quiet(tmp_path / "out"))
     assert plan.net == 2 and not list(tmp_path.iterdir())
 
 
 def test_an_analysis_has_a_folder_of_its_own(recipe, tmp_path):
     for _ in range(2):
-        _, folder = run.analyze_model(recipe(), quiet(tmp_path / "a"))
-    assert {path.name for path in folder.iterdir()} == run.ANALYSIS_FILES
+        _, folder = preview.analyze_model(recipe(), quiet(tmp_path / "a"))
+    assert {path.name for path in folder.iterdir()} == preview.ANALYSIS_FILES
     (tmp_path / "a" / "other").write_text("")
     with pytest.raises(UserError, match="holds other things"):
-        run.analyze_model(recipe(), quiet(tmp_path / "a"))
+        preview.analyze_model(recipe(), quiet(tmp_path / "a"))
 
 
 def test_the_curve_goes_to_a_tracker(recipe, tmp_path):

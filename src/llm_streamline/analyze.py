@@ -14,6 +14,7 @@ from llm_streamline.errors import UserError
 from llm_streamline.families import layers_of
 from llm_streamline.forward import at_boundary, run_until_stopped, stop_forward
 from llm_streamline.offload import is_offloaded
+from llm_streamline.parallel import ALONE, World
 from llm_streamline.progress import progress
 from llm_streamline.records import Matrix, Similarity
 from llm_streamline.spool import States, spooled
@@ -29,24 +30,37 @@ def analyze(
     mask: Tensor | None = None,
     quiet: bool = False,
     scratch: Path | None = None,
+    world: World = ALONE,
 ) -> Similarity:
     """Mean cosine similarity (Eq. 1) and relative change between every two boundaries, with standard errors.
 
     `blocks` (N, T) token ids; `mask` (N, T), 1 for tokens that count and 0 for padding. The mean is over tokens within
     a sequence, then over sequences; the standard error is over sequences. Where the model's weights are not held, its
-    states go through a file in `scratch`. Errors: UserError for non-finite states, or a disk that is full.
+    states go through a file in `scratch`. Each process of `world` takes its share of the batches. Errors: UserError
+    for non-finite states, or a disk that is full.
     """
+    batches = world.share(blocks.split(batch))  # whole batches, so that each is computed as one process would
+    masks = None if mask is None else world.share(mask.split(batch))
+    sums = world.attempt(lambda: _summed(model, batches, masks, quiet, scratch))
+    sums.add_up(world)
+    return sums.result(tokens=blocks.numel() if mask is None else int(mask.sum()))
+
+
+def _summed(
+    model: PreTrainedModel, batches: Sequence[Tensor], masks: Sequence[Tensor] | None, quiet: bool, scratch: Path | None
+) -> _Sums:
+    """Over the sequences of these batches, of which there may be none."""
     sums = _Sums(len(layers_of(model)) + 1)
-    if mask is None and is_offloaded(model):
-        states = spooled(model, blocks.split(batch), scratch)
+    if masks is None and is_offloaded(model):
+        states = spooled(model, batches, scratch)
     else:
-        states = _recorded(model, blocks.split(batch), None if mask is None else mask.split(batch))
-    mask = torch.ones_like(blocks) if mask is None else mask
-    with progress("analyzing", len(blocks), quiet) as advance:
-        for found, counts in zip(states, mask.split(batch), strict=True):
+        states = _recorded(model, batches, masks)
+    counted = [torch.ones_like(ids) for ids in batches] if masks is None else masks
+    with progress("analyzing", sum(map(len, batches)), quiet) as advance:
+        for found, counts in zip(states, counted, strict=True):
             sums.add(*_pairwise(found, counts.to(model.device)))
             advance(len(counts), "sequences")
-    return sums.result(tokens=int(mask.sum()))
+    return sums
 
 
 def _recorded(
@@ -90,7 +104,8 @@ def _pairwise(states: Sequence[States], mask: Tensor) -> tuple[Tensor, Tensor]:
     sequences, length = mask.shape
     cosine = torch.zeros(sequences, len(states), len(states), device=mask.device)
     change = torch.zeros_like(cosine)
-    width = len(states) * states[0].shape[-1] * 4 * sequences  # bytes of a token's float32 copies
+    # bytes of a token's float32 copies, and of the half dozen matrices that are made of them
+    width = 4 * sequences * len(states) * (states[0].shape[-1] + 6 * len(states))
     step = max(1, min(_CHUNK_TOKENS // sequences, _CHUNK_BYTES // width))
     for first in range(0, length, step):
         part = slice(first, min(first + step, length))
@@ -139,6 +154,13 @@ class _Sums:
         self.count += values.shape[1]
         self.first += values.sum(dim=1)
         self.second += values.square().sum(dim=1)
+
+    def add_up(self, world: World) -> None:
+        """The sums of all processes' sequences."""
+        counted = torch.tensor([float(self.count)], dtype=torch.float64)
+        self.count = int(world.sum_(counted))
+        world.sum_(self.first)
+        world.sum_(self.second)
 
     def result(self, tokens: int) -> Similarity:
         mean = self.first / self.count

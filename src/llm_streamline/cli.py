@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llm_streamline import __version__
-from llm_streamline.errors import StreamlineError
+from llm_streamline.errors import StreamlineError, WorkerLost
 from llm_streamline.flags import NOT_ESTIMATE, NOT_EVALUATE, ONLY_COMPRESS, command_line, with_flags
 from llm_streamline.interruption import stop_at_once
 
@@ -37,10 +38,10 @@ def _examples(*lines: str) -> str:
 
 def compress(recipe: Recipe, runtime: Runtime) -> None:
     """Replace redundant layers and write a verified HuggingFace folder."""
-    from llm_streamline import run
+    from llm_streamline import preview, run
 
     if runtime.dry_run:
-        plan = run.plan_only(recipe, runtime)
+        plan = preview.plan_only(recipe, runtime)
         _print(runtime.json_output, plan, [run.describe(plan)])
         return
     result = run.compress(recipe, runtime)
@@ -62,9 +63,9 @@ def _summary(result: Result) -> list[str | Table]:
 
 def analyze(recipe: Recipe, runtime: Runtime) -> None:
     """Measure how little every run of layers changes the hidden state."""
-    from llm_streamline import report, run
+    from llm_streamline import preview, report
 
-    similarity, folder = run.analyze_model(recipe, runtime)
+    similarity, folder = preview.analyze_model(recipe, runtime)
     best = report.window_table(similarity, recipe.protect_first, recipe.protect_last)
     files = f"similarity.json, similarity.png and heat-map.png are in {folder}"
     _print(runtime.json_output, similarity, [report.layer_table(similarity), best, files])
@@ -110,9 +111,9 @@ def estimate(recipe: Recipe, runtime: Runtime) -> None:
 
     From the configuration alone, and a layer of the model's kind that is timed for a moment; no weights are read.
     """
-    from llm_streamline import report, run
+    from llm_streamline import preview, report
 
-    found = run.estimate_only(recipe, runtime)
+    found = preview.estimate_only(recipe, runtime)
     _print(runtime.json_output, found, [report.estimate_table(found), *report.estimate_lines(found)])
 
 
@@ -269,13 +270,20 @@ def _named(command: Callable[..., None]) -> Callable[[], None]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The console script. Exit codes: 0 done, 1 not verified, 2 refused, 3 unexpected, 130 or 143 interrupted."""
+    """The console script.
+
+    Exit codes: 0 done, 1 not verified, 2 refused, 3 unexpected, 4 a worker lost, 130 or 143 interrupted.
+    Of several processes of one run, only the first says why it ends, unless they lose one another.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
+    follows = int(os.environ.get("RANK", 0)) > 0
     try:
         called = next((argument for argument in arguments if argument in COMMANDS), None)
         with stop_at_once():
             code = make_app(called)(args=arguments, standalone_mode=False, prog_name="llm-streamline")
     except StreamlineError as error:
+        if follows and not isinstance(error, WorkerLost):
+            raise SystemExit(error.exit_code) from None
         _end(str(error), error.exit_code, arguments)
     except Exception as error:
         if hasattr(error, "format_message"):  # what the command-line library refuses

@@ -1,5 +1,7 @@
 """The few exceptions a user can meet. Each message is one sentence: what was given, what is allowed, what to do."""
 
+from __future__ import annotations
+
 
 def reason(error: BaseException) -> str:
     """The first sentence of what another library says, to be put in brackets into one of ours."""
@@ -21,6 +23,30 @@ class UserError(StreamlineError):
 
 class VerificationError(StreamlineError):
     """The assembled model does not compute what the source with the window replaced computes; it is not published."""
+
+
+class WorkerLost(StreamlineError):
+    """Another process of the same run is gone, or the way to it; what the first had written lies on the disk."""
+
+    exit_code = 4
+
+    def __init__(self, timeout: float, cause: str, where: str = "") -> None:
+        super().__init__(
+            f"a worker was lost or did not answer within {timeout:g} s ({cause}); the same command continues{where}."
+        )
+        self.timeout, self.cause = timeout, cause
+
+    def at(self, where: str) -> WorkerLost:
+        """The same, with the place from which the run will go on."""
+        return WorkerLost(self.timeout, self.cause, f" {where}")
+
+
+class Dismissed(StreamlineError):
+    """The end of a process that is not the first, which says what there is to say; code 0 if all is well."""
+
+    def __init__(self, code: int = 0) -> None:
+        super().__init__("the first process of this run goes on alone, or has said why it cannot.")
+        self.exit_code = code
 
 
 class Stopped(StreamlineError):

@@ -253,8 +253,8 @@ def estimate_of(work: Workspace) -> Estimate:
 def _estimate(work: Workspace, sizes: Sizes, offloaded: bool, writes_offloaded: bool) -> Estimate:
     return Estimate(
         model=work.recipe.model,
-        memory=work.memory,
-        ram=work.ram,
+        memory=work.room,
+        ram=min(work.ram, work.room) if work.device == "cpu" else work.ram,
         offloaded=offloaded,
         writes_offloaded=writes_offloaded,
         stages=predict(sizes, offloaded, writes_offloaded),

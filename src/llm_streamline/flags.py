@@ -32,8 +32,9 @@ ONLY_COMPRESS = {
     ),
     *("weight_decay", "warmup", "clip", "dtype", "preset", "dry_run", "tracker", "tasks", "checkpoint_every", "fresh"),
 }
-NOT_ESTIMATE = {"dry_run", "tracker", "tasks", "checkpoint_every", "fresh", "seed", "lr", "min_lr", "clip", "warmup"}
-NOT_EVALUATE = {"tracker", "dry_run", "models", "checkpoint_every", "fresh"}
+NOT_ESTIMATE = {"dry_run", "tracker", "tasks", "checkpoint_every", "worker_timeout", "fresh"}
+NOT_ESTIMATE |= {"seed", "lr", "min_lr", "clip", "warmup"}
+NOT_EVALUATE = {"tracker", "dry_run", "models", "checkpoint_every", "worker_timeout", "fresh"}
 
 
 def _annotation(kind: Any) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -26,6 +28,12 @@ def held() -> int:
     if "RssAnon:" in words:
         return int(words[words.index("RssAnon:") + 1]) * 1024
     return psutil.Process().memory_info().rss
+
+
+def trim() -> None:
+    """Give back to the system what was freed: among what stays, the C library keeps holes as large as the weights."""
+    with suppress(OSError, AttributeError):  # other C libraries have no such call, and no need of it
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _limit_files() -> list[Path]:

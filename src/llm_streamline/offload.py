@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llm_streamline.families import family_of, layers_of
+from llm_streamline.memory import trim
 
 SMALLEST_SHARD, LARGEST_SHARD = 10**8, 5 * 10**9  # bytes written at once of a model that does not fit
 
@@ -73,6 +74,7 @@ def onloaded(layer: nn.Module) -> Iterator[nn.Module]:
     finally:
         for part, hook in hooks:
             add_hook_to_module(part, hook)  # which sends the weights away again
+        trim()
 
 
 def stored_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:

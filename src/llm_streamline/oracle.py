@@ -43,11 +43,12 @@ _LIBRARIES = 2**29  # bytes that torch and its like take
 
 def record_oracle(model: PreTrainedModel, prompts: Tensor, folder: Path) -> None:
     """Write prompts (P, T) and `model`'s logits on them (P, KEPT_POSITIONS, V), float32, for later checks."""
-    import torch
     from safetensors.torch import save_file
 
-    with torch.no_grad():
-        logits = model(input_ids=prompts.long(), use_cache=False).logits[:, -KEPT_POSITIONS:].float()
+    from llm_streamline.layerwise import logits_of
+
+    (logits,) = logits_of(model, [prompts])
+    logits = logits[:, -KEPT_POSITIONS:].float()
     (folder / FOLDER).mkdir(parents=True)
     tensors = {"input_ids": prompts.long().contiguous(), "logits": logits.contiguous()}
     save_file(tensors, folder / FOLDER / "oracle.safetensors")
@@ -77,6 +78,8 @@ def verify(folder: Path | str, trust_remote_code: bool = False, memory: int | No
             f"{folder} brings its own model code; read its .py files, then allow them with --trust-remote-code."
         )
     environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
+    # so that weights that are loaded and let go, layer by layer, leave no holes in the C library's memory
+    environment.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**20))
     command = [sys.executable, "-m", "llm_streamline.oracle", str(model), *([_TRUST] if custom_code else [])]
     command += [] if memory is None else [f"{_MEMORY}{memory}"]
     with tempfile.TemporaryDirectory() as modules:  # transformers copies a folder's code there before running it

@@ -217,6 +217,11 @@ class Runtime(Schema):
         "interruption, e.g. 2s, 5m or 1h. [default: 5m]",
     )
     fresh: bool = Field(False, description="Begin again: delete what an earlier run left in the output folder.")
+    worker_timeout: Duration = Field(
+        600.0,
+        description="How long the processes of one run, as torchrun starts them, wait for one another before they "
+        "give up, e.g. 30s or 10m. [default: 10m]",
+    )
     tracker: str | None = Field(
         None,
         description="Also log the training curve to an accelerate tracker: tensorboard, wandb, trackio, ...",

@@ -4,29 +4,27 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from llm_streamline import checkpoint, figures
+from llm_streamline import checkpoint, figures, memory
 from llm_streamline.analyze import analyze
 from llm_streamline.assemble import Parts as ModelParts
 from llm_streamline.assemble import assemble
 from llm_streamline.card import CARD, is_licence, origin, source_files, write_card
-from llm_streamline.choose import check_protected, check_request, choose
+from llm_streamline.choose import check_request, choose
 from llm_streamline.comparison import CUT, SAVED
-from llm_streamline.errors import UserError
-from llm_streamline.estimate import Estimate, sizes_of
+from llm_streamline.errors import Dismissed, UserError
 from llm_streamline.evaluation import EVALUATION, Evaluation, Request, Result
-from llm_streamline.files import atomic, free_space, remove_leftovers, sha256
+from llm_streamline.files import atomic, free_space, sha256
 from llm_streamline.forward import substituted
 from llm_streamline.lock import run_lock
 from llm_streamline.oracle import MANIFEST, versions
 from llm_streamline.page import PAGE, write_evaluation_report, write_report
-from llm_streamline.probe import probe, timed
+from llm_streamline.parallel import World
 from llm_streamline.progress import say
 from llm_streamline.recipe import Recipe, Runtime
 from llm_streamline.records import Fit, Inputs, LayerPlan, Manifest, Scores, Similarity, Verification
@@ -38,38 +36,59 @@ from llm_streamline.scoring.perplexity import FORWARD_TOKENS as LOSS_TOKENS
 from llm_streamline.scoring.perplexity import next_token_loss
 from llm_streamline.snapshot import Snapshot
 from llm_streamline.text import shuffled
-from llm_streamline.train import Settings, Track, Trainer, rates
-from llm_streamline.workspace import RunFolder, Workspace, output_folder, own_contents
+from llm_streamline.tracking import check_tracker, tracking
+from llm_streamline.train import Settings, Trainer, rates
+from llm_streamline.workspace import RunFolder, Workspace, output_folder
 
 NO_TASKS = "none"
 SNAPSHOT = "checkpoint.safetensors"  # the state of a training that has not come to its end
-FORWARD_TOKENS = 4096  # per batch, where nothing is trained
 
 
 def compress(recipe: Recipe, runtime: Runtime | None = None) -> Result:
     """Find the redundant layers, remove them, train their replacement, write a verified HuggingFace folder.
 
     Returns what lies in `runtime.output`. Errors: UserError before anything is written where the recipe cannot be
-    followed, or another run holds the folder; VerificationError where the result does not compute what it should.
+    followed, or another run holds the folder; VerificationError where the result does not compute what it should;
+    Dismissed in every process but the first once it has helped to train.
     """
     runtime = runtime or Runtime()
-    with run_lock(output_folder(runtime.output)):
-        return _compress(recipe, runtime)
+    with ExitStack() as held:
+        with World.opened(runtime.worker_timeout) as world:
+            work = Workspace(recipe, runtime, world)
+            begun = world.alone(lambda: begin(work, held))
+            folder, tasks = begun or (RunFolder(Path(), recipe, world=world), [])
+            similarity = folder.stage("similarity.json", Similarity, lambda: measure(work))
+            folder.stage("inputs.json", Inputs, lambda: world.led(work.inputs))
+            plan = folder.stage("plan.json", LayerPlan, lambda: world.led(lambda: decide(work, similarity)))
+            say(describe(plan), work.runtime.quiet)
+            world.alone(lambda: draw_choice(similarity, plan, folder))
+            fit = train_replacement(work, plan, folder)
+        if not world.first:
+            raise Dismissed
+        return finish(work, folder, tasks, similarity, plan, fit)
 
 
-def _compress(recipe: Recipe, runtime: Runtime) -> Result:
-    folder = RunFolder.open(runtime.output, recipe, runtime.fresh)
-    work = Workspace(recipe, runtime)
+def begin(work: Workspace, held: ExitStack) -> tuple[RunFolder, list[Task]]:
+    """The run folder, locked until `held` ends, and what will be asked in the end; all that can be is refused first.
+
+    Errors: UserError, with nothing written or deleted.
+    """
+    recipe, runtime = work.recipe, work.runtime
+    held.enter_context(run_lock(output_folder(runtime.output)))
+    folder = RunFolder.open(runtime.output, recipe, runtime.fresh, work.world)
     check_all(work)
     folder.check_inputs(work.inputs)
     tasks = tasks_to_ask(work)
     folder.begin()
-    similarity = folder.stage("similarity.json", Similarity, lambda: measure(work))
-    folder.stage("inputs.json", Inputs, work.inputs)
-    plan = folder.stage("plan.json", LayerPlan, lambda: decide(work, similarity))
-    say(describe(plan), runtime.quiet)
-    draw_choice(similarity, plan, folder)
-    fit = train_replacement(work, plan, folder)
+    return folder, tasks
+
+
+def finish(
+    work: Workspace, folder: RunFolder, tasks: list[Task], similarity: Similarity, plan: LayerPlan, fit: Fit | None
+) -> Result:
+    """What the first process does alone, once all have measured and trained."""
+    gc.collect()  # the optimizer is part of a cycle, and its moments are as large as the replacement twice
+    memory.trim()
     verification = assemble_model(work, plan, fit, similarity, folder)
     scores = folder.stage("scores.json", Scores, lambda: score(work, plan, folder))
     evaluation, news = evaluate_models(work, plan, tasks, folder)
@@ -91,24 +110,6 @@ def evaluate(request: Request, runtime: Runtime) -> Evaluation:
     return found
 
 
-def plan_only(recipe: Recipe, runtime: Runtime) -> LayerPlan:
-    """The plan that `compress` would follow; nothing is written."""
-    if runtime.output is not None:
-        RunFolder.open(runtime.output, recipe, runtime.fresh)
-    work = Workspace(recipe, runtime)
-    check_all(work)
-    return decide(work, measure(work))
-
-
-def estimate_only(recipe: Recipe, runtime: Runtime) -> Estimate:
-    """What the run would take, with its seconds; nothing is written, and no weights or text are read."""
-    work = Workspace(recipe, runtime)
-    check_request(work.shape, work.recipe)
-    sizes = sizes_of(work)
-    rates = probe(work.config, sizes, work.compute_dtype, work.device, recipe.replace)
-    return timed(work.estimate, sizes, rates)
-
-
 def decide(work: Workspace, similarity: Similarity) -> LayerPlan:
     """Stage 2: the window. Errors: UserError where its first layers cannot give what is to stand in."""
     plan = choose(similarity, work.shape, work.recipe)
@@ -122,19 +123,6 @@ def check_all(work: Workspace) -> None:
     rates(work.recipe, work.config.hidden_size)
     check_tracker(work.runtime.tracker)
     work.estimate.check(free_space(work.runtime.output))
-
-
-def check_tracker(name: str | None) -> None:
-    if name is None:
-        return
-    from accelerate.tracking import get_available_trackers
-
-    known = [str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()]
-    if name not in known:
-        raise UserError(
-            f"--tracker {name} is not installed; there is {', '.join(known) or 'none'}: "
-            "install it, for example with 'llm-streamline[track]', or leave it out."
-        )
 
 
 def describe(plan: LayerPlan) -> str:
@@ -152,9 +140,10 @@ def describe(plan: LayerPlan) -> str:
 
 def measure(work: Workspace) -> Similarity:
     """Stage 1: the similarity of every window on the calibration part."""
-    calibration = work.parts.calibration  # read before the model, so that unusable text is refused first
-    scratch = work.scratch if work.offloads else None
-    return analyze(work.model, calibration, work.batch(FORWARD_TOKENS), quiet=work.runtime.quiet, scratch=scratch)
+    work.share()  # before the model is read, so that unusable text is refused first
+    model, scratch = work.world.attempt(lambda: (work.model, work.scratch if work.offloads else None))
+    calibration, batch = work.parts.calibration, work.batch(memory.FORWARD_TOKENS)
+    return analyze(model, calibration, batch, quiet=work.runtime.quiet, scratch=scratch, world=work.world)
 
 
 def draw_choice(similarity: Similarity, plan: LayerPlan, folder: RunFolder) -> None:
@@ -168,53 +157,47 @@ def train_replacement(work: Workspace, plan: LayerPlan, folder: RunFolder) -> Fi
     """Stage 3: `replacement/` with the trained weights, their Fit and its figure; None where nothing is trained."""
     if not plan.occupied:
         return None
-    snapshot = Snapshot(folder.path / SNAPSHOT, work.runtime.checkpoint_every)
-    if folder.has("replacement"):
-        snapshot.remove()  # which a run that was killed in just this place has left
-        return Fit.read(folder.file("replacement/fit.json"))
-    recipe, training = work.recipe, shuffled(work.parts.training, work.recipe.seed)
-    replacement = work.replacement(work.model, plan.replaced()).to(work.device)
-    settings = Settings.resolve(recipe, training, work.config.hidden_size, work.memory, work.bfloat16)
-    settings = settings.continued(snapshot)
+    world = work.world
+    snapshot = Snapshot(folder.path / SNAPSHOT, work.runtime.checkpoint_every, world=world)
+    if fit := world.led(lambda: trained_before(folder, snapshot)):
+        return fit
+    work.share()
+    training = shuffled(work.parts.training, work.recipe.seed)
+    replacement = world.attempt(lambda: work.replacement(work.model, plan.replaced()).to(work.device))
+    replacement.load_state_dict(world.led(replacement.state_dict))  # that another machine may round otherwise
+    settings = world.led(lambda: settings_of(work, training).continued(snapshot))
     steps = -(-len(training) // (settings.batch * settings.accumulate))
     say(
         f"training on {training.numel():,} tokens: {steps} steps of {settings.batch * settings.accumulate} sequences "
         f"of {training.shape[1]} tokens, learning rate {settings.lr:g} to {settings.min_lr:g}",
         work.runtime.quiet,
     )
-    with tracking(work) as track, atomic(folder.file("replacement")) as temporary:
-        trainer = Trainer(work.model, plan.window, replacement, settings, work.runtime.quiet, track, snapshot)
+    with tracking(work) as track:
+        trainer = Trainer(work.model, plan.window, replacement, settings, work.runtime.quiet, track, snapshot, world)
         fit = trainer.fit(training, work.parts.validation)
+    if world.first:
+        keep_replacement(replacement, fit, folder)
+        snapshot.remove()
+    return fit
+
+
+def settings_of(work: Workspace, training: Tensor) -> Settings:
+    return Settings.resolve(work.recipe, training, work.config.hidden_size, work.memory, work.bfloat16)
+
+
+def trained_before(folder: RunFolder, snapshot: Snapshot) -> Fit | None:
+    if not folder.has("replacement"):
+        return None
+    snapshot.remove()  # which a run that was killed in just this place has left
+    return Fit.read(folder.file("replacement/fit.json"))
+
+
+def keep_replacement(replacement: ReplacementLayers, fit: Fit, folder: RunFolder) -> None:
+    with atomic(folder.file("replacement")) as temporary:
         temporary.mkdir()
         save_file(replacement.state_dict(), temporary / "replacement.safetensors")
         figures.draw_training(fit, temporary / "training.png")
         fit.write(temporary / "fit.json")
-    snapshot.remove()
-    del trainer, replacement
-    gc.collect()  # the optimizer is part of a cycle, and its moments are as large as the replacement twice
-    return fit
-
-
-@contextmanager
-def tracking(work: Workspace) -> Iterator[Track]:
-    """Log the curve to an accelerate tracker where one was asked for."""
-    name = work.runtime.tracker
-    if name is None:
-        yield lambda values, step: None
-        return
-    from accelerate import Accelerator
-
-    folder = work.runtime.output or Path()
-    accelerator = Accelerator(log_with=name, project_dir=str(folder), cpu=work.device == "cpu")
-    accelerator.init_trackers("tracking", config=flat(work.recipe))
-    yield lambda values, step: accelerator.log(values, step=step)
-    accelerator.end_training()
-
-
-def flat(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as trackers take it: numbers and words only."""
-    values = recipe.model_dump(exclude_none=True).items()
-    return {key: value if isinstance(value, (int, float, str)) else " ".join(map(str, value)) for key, value in values}
 
 
 def assemble_model(
@@ -230,9 +213,8 @@ def assemble_model(
     source = work.model_as_saved()
     replacement = load_replacement(work, plan, folder) if plan.occupied else ReplacementLayers()
     files = source_files(work.source.path)
-    parts = ModelParts(
-        source, plan, replacement, work.tokenizer, [file for file in files if is_licence(file)], work.memory
-    )
+    licences = [file for file in files if is_licence(file)]
+    parts = ModelParts(source, plan, replacement, work.tokenizer, licences, work.ram - memory.held())
     manifest = Manifest(
         command=work.runtime.command,
         recipe=work.recipe.model_dump(mode="json", exclude_none=True),
@@ -305,18 +287,15 @@ def evaluate_models(
 def standings(work: Workspace, plan: LayerPlan, folder: RunFolder) -> dict[str, Standing]:
     """The dense model, the same with its window left out unless that is what was saved, and the saved one."""
     target = folder.path / "model"
-    dense, saved = (
-        checkpoint.fingerprint(work.source),
-        sha256(json.dumps(Manifest.read(target / MANIFEST).weights).encode()),
-    )
+    dense = checkpoint.fingerprint(work.source)
+    saved = sha256(json.dumps(Manifest.read(target / MANIFEST).weights).encode())
     common = (work.compute, checkpoint.context_length(work.config), work.tokenizer)
     found = {DENSE: Standing(work.recipe.model, dense, *common, lambda: work.model)}
     if plan.occupied:
         cut = sha256(dense.encode(), str(plan.plain_window).encode())
         without = lambda: substituted(work.model, plan.plain_window)  # noqa: E731
-        found[CUT] = Standing(
-            f"{work.recipe.model} without {plan.plain_window}", cut, *common, lambda: work.model, without
-        )
+        name = f"{work.recipe.model} without {plan.plain_window}"
+        found[CUT] = Standing(name, cut, *common, lambda: work.model, without)
     found[SAVED] = Standing(str(target), saved, *common, lambda: work.load_saved(target, plan.custom_code))
     return found
 
@@ -332,26 +311,3 @@ def publish_scores(scores: Scores, evaluation: Evaluation | None, folder: RunFol
         manifest = manifest.model_copy(update={"scores": scores})
         write_card(manifest, model, evaluation)
         manifest.write(model / MANIFEST)
-
-
-def analyze_model(recipe: Recipe, runtime: Runtime) -> tuple[Similarity, Path]:
-    """`similarity.json` and its figures in a folder of their own. Errors: UserError for a folder that is not ours."""
-    folder = output_folder(runtime.output or Path(f"{Path(recipe.model).name}-analysis"))
-    with run_lock(folder):
-        return _analyze_model(recipe, runtime, folder), folder
-
-
-def _analyze_model(recipe: Recipe, runtime: Runtime, folder: Path) -> Similarity:
-    if own_contents(folder) - ANALYSIS_FILES:
-        raise UserError(f"-o {folder} holds other things than an analysis; give a folder that is new or empty.")
-    work = Workspace(recipe.model_copy(update={"replace": "none"}), runtime)  # which needs no text to train on
-    check_protected(work.shape, recipe)
-    similarity = measure(work)
-    remove_leftovers(folder)
-    similarity.write(folder / "similarity.json")
-    figures.draw_similarity(similarity, folder / "similarity.png")
-    figures.draw_heat_map(similarity, folder / "heat-map.png")
-    return similarity
-
-
-ANALYSIS_FILES = {"similarity.json", "similarity.png", "heat-map.png"}

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from llm_streamline.errors import UserError, reason
 from llm_streamline.files import atomic, remove
 from llm_streamline.history import History
+from llm_streamline.parallel import ALONE, World
 
 _STATE = "state"  # in the file's metadata: everything that is no tensor
 _RANDOM = "random.torch"
@@ -28,6 +29,7 @@ class Snapshot:
     path: Path
     every: float
     setting: dict[str, Any] = field(default_factory=dict)  # what has to be the same for the state to mean anything
+    world: World = ALONE  # whose first process reads for all
     _last: float = field(default_factory=time.monotonic)
 
     @property
@@ -52,37 +54,45 @@ class Snapshot:
 
     def restore(self, network: nn.Module, optimizer: torch.optim.Optimizer, history: History) -> bool:
         """Put everything back where the file had left it; False where there is no file. Errors: UserError."""
-        if not self.path.exists():
+        found = self.world.led(self._own)
+        if found is None:
             return False
+        state, tensors = found
+        device = next(network.parameters()).device
+        network.load_state_dict(_below("weights", tensors))
+        moments: dict[int, dict[str, Tensor]] = {}
+        for key, value in _below("optimizer", tensors).items():
+            place, _, name = key.partition(".")
+            moments.setdefault(int(place), {})[name] = value.clone()  # which is written to, as the file must not be
+        optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+        history.restore(state, _below("best", tensors), device)
+        torch.set_rng_state(tensors[_RANDOM])
+        return True
+
+    def _own(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        if not self.path.exists():
+            return None
         state, tensors = self._read()
         if state["setting"] != self.setting:
             raise UserError(
                 f"{self.path} belongs to another training ({_difference(state['setting'], self.setting)}); "
                 "repeat the command as it was, or begin again with --fresh."
             )
-        device = next(network.parameters()).device
-        network.load_state_dict(_below("weights", tensors))
-        moments: dict[int, dict[str, Tensor]] = {}
-        for key, value in _below("optimizer", tensors).items():
-            place, _, name = key.partition(".")
-            moments.setdefault(int(place), {})[name] = value
-        optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-        history.restore(state, _below("best", tensors), device)
-        torch.set_rng_state(tensors[_RANDOM])
-        return True
+        return state, tensors
 
     def kept_setting(self) -> dict[str, Any]:
         """The setting in the file; nothing where there is no file."""
-        return dict(self._read()[0]["setting"]) if self.path.exists() else {}
+        return dict(self._read(whole=False)[0]["setting"]) if self.path.exists() else {}
 
     def remove(self) -> None:
         remove(self.path)
 
-    def _read(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def _read(self, whole: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The state and, where the whole is wanted, its tensors, mapped: they take no memory until they are copied."""
         try:
             with safe_open(self.path, framework="pt") as file:
                 state = json.loads(file.metadata()[_STATE])
-                return state, {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+                return state, {key: file.get_tensor(key) for key in (file.keys() if whole else ())}
         except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
             raise UserError(
                 f"{self.path} is damaged ({reason(error)}); delete it and repeat the command to train anew."

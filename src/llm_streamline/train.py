@@ -7,17 +7,19 @@ replacement; no hidden state is kept past its batch. A run that was stopped goes
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+import signal
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llm_streamline.errors import Stopped, UserError
+from llm_streamline.errors import Dismissed, Stopped, UserError, WorkerLost
 from llm_streamline.forward import Passage
 from llm_streamline.history import History, Track
 from llm_streamline.interruption import stop_between_steps
+from llm_streamline.parallel import ALONE, World, sum_gradients
 from llm_streamline.passages import passages_of
 from llm_streamline.progress import Advance, progress, say
 from llm_streamline.recipe import Recipe
@@ -101,6 +103,10 @@ def default_batch(training: Tensor, recipe: Recipe, width: int, memory: int) -> 
     return max(1, min(for_steps, for_tokens, for_memory))
 
 
+def _split(blocks: Tensor, batch: int) -> Sequence[Tensor]:
+    return blocks.split(batch) if len(blocks) else ()  # torch would make one part, with nothing in it
+
+
 def learning_rate(step: int, steps: int, settings: Settings) -> float:
     """Linear warm-up, then a half cosine that is exactly `min_lr` at the last of `steps` optimizer steps."""
     last = steps - 1
@@ -122,6 +128,9 @@ class Trainer:
     quiet: bool = False
     track: Track = field(default=lambda values, step: None)
     snapshot: Snapshot | None = None
+    world: World = ALONE  # whose processes share every step's sequences and hold the same weights
+    _asked: Callable[[], int] = field(default=lambda: 0, init=False)
+    _heard: list[float] = field(default_factory=list, init=False)  # what all have said with the last step
 
     def passages(self, batches: Sequence[Tensor]) -> Iterator[Passage]:
         """What crosses the window's boundaries on each micro-batch of token ids (B, T), made when it is asked for."""
@@ -135,12 +144,13 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self, blocks: Tensor) -> float:
-        passages = self.passages(blocks.split(self.settings.batch))
-        return sum(self.loss(one).item() * len(one.entering) for one in passages) / len(blocks)
+        passages = self.passages(_split(self.world.share(blocks), self.settings.batch))
+        total = sum(self.loss(one).item() * len(one.entering) for one in passages)
+        return float(self.world.sum_(torch.tensor(total, dtype=torch.float64))) / len(blocks)
 
     def step(self, optimizer: torch.optim.Optimizer, passages: Iterator[Passage], sequences: int, lr: float) -> Tensor:
-        """One optimizer step on the next `sequences` of `passages`; returns the loss before it."""
-        total, left = torch.zeros((), device=self.model.device), sequences
+        """One optimizer step on this process's share of the next `sequences`; returns the loss of all before it."""
+        total, left = torch.zeros((), device=self.model.device), len(self.world.share(range(sequences)))
         while left > 0:
             passage = next(passages)
             left -= len(passage.entering)
@@ -148,12 +158,36 @@ class Trainer:
             loss = self.loss(passage) * share
             loss.backward()
             total += loss.detach()
+        total = self._add_up(total)
         nn.utils.clip_grad_norm_(self.replacement.trained(), self.settings.clip)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
         return total
+
+    def _add_up(self, loss: Tensor) -> Tensor:
+        """Gradients and loss of all processes, with what each has to say: all have to stop at the same step."""
+        if self.world.size == 1:
+            return loss
+        extra = torch.cat([loss[None], torch.tensor(self._words(), device=loss.device)])
+        extra = sum_gradients(self.world, self.replacement.trained(), extra)
+        self._heard = extra[1:].tolist()
+        return extra[0].clone()
+
+    def _words(self) -> list[float]:
+        """Whether Ctrl-C, SIGTERM or the clock asks for a snapshot; the first process's clock rules."""
+        due = self.snapshot is not None and self.world.first and self.snapshot.due
+        return [float(word) for word in (self._asked() == signal.SIGINT, self._asked() == signal.SIGTERM, due)]
+
+    def _said(self, last: bool) -> tuple[int, bool]:
+        """Which signal has asked any process to stop, and whether a snapshot is due."""
+        if self.world.size == 1:
+            self._heard = self._words()
+        elif last:  # nobody is to leave with a signal that the others have not heard of
+            self._heard = self.world.sum_(torch.tensor(self._words())).tolist()
+        interrupt, terminate, due = self._heard
+        return int((interrupt and signal.SIGINT) or (terminate and signal.SIGTERM)), bool(due)
 
     def optimizer(self) -> torch.optim.Optimizer:
         decay = self.settings.weight_decay
@@ -170,11 +204,15 @@ class Trainer:
         history = History(self.replacement, lambda: self.validate(validation), len(groups), self.track)
         if self.snapshot is not None and self.snapshot.restore(self.replacement, optimizer, history):
             say(f"resumed at step {history.step} of {history.steps}", self.quiet)
+            history.catch_up()
         else:
             history.begin()
         with progress("training", training.numel(), self.quiet) as advance:
             advance(history.tokens)
-            self._train(groups, optimizer, history, advance)
+            try:
+                self._train(groups, optimizer, history, advance)
+            except WorkerLost as lost:
+                raise self._left_alone(lost, optimizer, history) from lost
         return self._conclude(training, history)
 
     def _train(
@@ -182,16 +220,30 @@ class Trainer:
     ) -> None:
         """The steps that are left, with a snapshot where one is due."""
         left = groups[history.step :]
-        passages = self.passages([ids for blocks in left for ids in blocks.split(self.settings.batch)])
-        with stop_between_steps() as asked:
+        own = [self.world.share(blocks) for blocks in left]
+        passages = self.passages([ids for blocks in own for ids in _split(blocks, self.settings.batch)])
+        with stop_between_steps() as self._asked:
             for blocks in left:
                 lr = learning_rate(history.step, len(groups), self.settings)
                 history.add(blocks.numel(), lr, self.step(optimizer, passages, len(blocks), lr))
                 advance(blocks.numel(), history.note())
-                if self.snapshot is not None and (self.snapshot.due or asked()):
-                    self.snapshot.write(self.replacement, optimizer, history)
-                if asked():
-                    raise Stopped(asked(), self._outlook(history))
+                asked, due = self._said(last=history.step == history.steps)
+                if asked or due:
+                    self.world.alone(lambda: self._write(optimizer, history))
+                if asked:
+                    raise Stopped(asked, self._outlook(history)) if self.world.first else Dismissed(128 + asked)
+
+    def _write(self, optimizer: torch.optim.Optimizer, history: History) -> None:
+        if self.snapshot is not None:
+            self.snapshot.write(self.replacement, optimizer, history)
+
+    def _left_alone(self, lost: WorkerLost, optimizer: torch.optim.Optimizer, history: History) -> WorkerLost:
+        """What the first process has is the end of the last whole step: it is written before anything is said."""
+        if self.snapshot is None or not history.step:
+            return lost
+        if self.world.first:
+            self._write(optimizer, history)
+        return lost.at(f"at step {history.step} of {history.steps}")
 
     def _outlook(self, history: History) -> str:
         at = f"at step {history.step} of {history.steps}"

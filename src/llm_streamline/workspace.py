@@ -24,6 +24,7 @@ from llm_streamline.files import TEMPORARY, remove, remove_leftovers, write_text
 from llm_streamline.lock import LOCK
 from llm_streamline.memory import memory_limit
 from llm_streamline.offload import is_offloaded, round_stored, stored_weights
+from llm_streamline.parallel import ALONE, World
 from llm_streamline.progress import say
 from llm_streamline.recipe import Recipe, Runtime, changed_keys, read_yaml, to_yaml
 from llm_streamline.records import Inputs, ModelShape, Record
@@ -36,10 +37,6 @@ MADE = {  # what a run makes in its folder: all that --fresh may delete
     *("tracking", "replacement", "model", "scores.json", "own-text.jsonl", "items", "scores", "evaluation.json"),
     *("report.html", RECIPE),
 }
-TRAINING_BYTES = (
-    24  # of a trained parameter: its float32 weight, gradient, two moments, best value, and a copy to write
-)
-LIBRARIES = 2**29  # bytes that torch and its like take
 R = TypeVar("R", bound=Record)
 
 
@@ -62,12 +59,15 @@ def output_folder(path: Path | None) -> Path:
 class RunFolder:
     """The run folder: a stage whose file is there is done. Nothing is made on disk before the first result."""
 
-    def __init__(self, path: Path, recipe: Recipe, fresh: bool = False) -> None:
-        self.path, self._recipe, self._fresh = path, recipe, fresh
+    def __init__(self, path: Path, recipe: Recipe, fresh: bool = False, world: World = ALONE) -> None:
+        self.path, self._recipe, self._fresh, self._world = path, recipe, fresh, world
 
     @classmethod
-    def open(cls, path: Path | None, recipe: Recipe, fresh: bool = False) -> RunFolder:
-        """Continue or begin a run in `path`. Errors: UserError where it is not ours to continue, or to delete."""
+    def open(cls, path: Path | None, recipe: Recipe, fresh: bool = False, world: World = ALONE) -> RunFolder:
+        """Continue or begin a run in `path`, in the first process; it may be no path of another's.
+
+        Errors: UserError where it is not ours to continue, or to delete.
+        """
         path = output_folder(path)
         contents = own_contents(path)
         fresh = fresh and RECIPE in contents
@@ -82,7 +82,7 @@ class RunFolder:
                 )
         elif contents:
             raise UserError(f"-o {path} is not empty and not a run of this tool; give a folder that is new or empty.")
-        return cls(path, recipe, fresh)
+        return cls(path, recipe, fresh, world)
 
     def check_inputs(self, inputs: Callable[[], Inputs]) -> None:
         """Refuse to continue a run whose model or text is not what it began with. Errors: UserError."""
@@ -118,11 +118,12 @@ class RunFolder:
         return (self.path / name).exists()
 
     def stage(self, name: str, kind: type[R], make: Callable[[], R]) -> R:
-        """The record in `name`, made and written unless an earlier run has done so."""
-        if self.has(name):
-            return kind.read(self.path / name)
+        """The record in `name`, made by all processes and written by the first unless an earlier run has done so."""
+        kept = self._world.led(lambda: kind.read(self.path / name) if self.has(name) else None)
+        if kept is not None:
+            return kept
         record = make()
-        record.write(self.file(name))
+        self._world.alone(lambda: record.write(self.file(name)))
         return record
 
 
@@ -139,8 +140,10 @@ def check_deletable(folder: Path, contents: set[str], recipe: Recipe) -> None:
 class Workspace:
     """The source model and its text, as the recipe and the runtime ask for them."""
 
-    def __init__(self, recipe: Recipe, runtime: Runtime) -> None:
-        self.recipe, self.runtime = recipe, runtime
+    def __init__(self, recipe: Recipe, runtime: Runtime, world: World = ALONE) -> None:
+        self.world, self._shared = world, False
+        self.recipe = recipe
+        self.runtime = runtime = runtime if world.first else runtime.model_copy(update={"quiet": True})
         self.source = checkpoint.Source(recipe.model, runtime.allow_pickle, runtime.trust_remote_code)
         if runtime.threads:
             torch.set_num_threads(runtime.threads)
@@ -189,7 +192,8 @@ class Workspace:
         known = ["cpu", *(["cuda"] if count else []), *(f"cuda:{number}" for number in range(count))]
         if asked != "auto" and asked not in known:
             raise UserError(f"--device {asked} is not to be had here; there is {', '.join(known)}.")
-        return ("cuda" if count else "cpu") if asked == "auto" else asked
+        found = ("cuda" if count else "cpu") if asked == "auto" else asked
+        return f"cuda:{self.world.local_rank % count}" if found == "cuda" and self.world.size > 1 else found
 
     @cached_property
     def bfloat16(self) -> bool:
@@ -245,15 +249,24 @@ class Workspace:
         offloads = self.estimate.offloaded
         if offloads:
             say(
-                f"the model does not fit in {self.memory / 1e9:.1f} GB: its layers are read from the disk, one by one",
+                f"the model does not fit in {self.room / 1e9:.1f} GB: its layers are read from the disk, one by one",
                 self.runtime.quiet,
             )
         return offloads
 
+    @property
+    def room(self) -> int:
+        """This process's part of the memory, which others of its machine may have to share."""
+        spread = self.device.startswith("cuda") and ":" not in self.runtime.device
+        return self.memory // -(-self.world.local_size // (torch.cuda.device_count() if spread else 1))
+
     @cached_property
     def scratch(self) -> Path:
-        """A folder for what is too large for memory; gone with the workspace, or with the next run's beginning."""
-        output = None if self.runtime.dry_run else self.runtime.output
+        """A folder for what is too large for memory; gone with the workspace, or with the next run's beginning.
+
+        Only the first process has it in the run folder, which it alone cleans and which no other may see.
+        """
+        output = self.runtime.output if self.world.first and not self.runtime.dry_run else None
         if output is not None:
             output.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=output))
@@ -303,6 +316,13 @@ class Workspace:
         for blocks in (parts.calibration, parts.training, parts.validation):
             checkpoint.check_ids(blocks, self.config.vocab_size)
         return parts
+
+    def share(self) -> None:
+        """The first process's text and number format become everyone's. Errors: as `World.led`."""
+        if not self._shared:
+            self.__dict__["parts"] = self.world.led(lambda: self.parts)
+            self.__dict__["bfloat16"] = self.world.led(lambda: self.bfloat16)
+            self._shared = True
 
     def inputs(self) -> Inputs:
         return Inputs(model=checkpoint.fingerprint(self.source), data=self.parts.summary())

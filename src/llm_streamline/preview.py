@@ -1,0 +1,69 @@
+"""What can be known of a run before it is begun: its plan, what it takes, and the similarity it would choose by."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+
+from llm_streamline import figures
+from llm_streamline.choose import check_protected, check_request
+from llm_streamline.errors import Dismissed, UserError
+from llm_streamline.estimate import Estimate, sizes_of
+from llm_streamline.files import remove_leftovers
+from llm_streamline.lock import run_lock
+from llm_streamline.parallel import World
+from llm_streamline.probe import probe, timed
+from llm_streamline.recipe import Recipe, Runtime
+from llm_streamline.records import LayerPlan, Similarity
+from llm_streamline.run import check_all, decide, measure
+from llm_streamline.workspace import RunFolder, Workspace, output_folder, own_contents
+
+ANALYSIS_FILES = {"similarity.json", "similarity.png", "heat-map.png"}
+
+
+def plan_only(recipe: Recipe, runtime: Runtime) -> LayerPlan:
+    """The plan that `compress` would follow; nothing is written."""
+    with World.opened(runtime.worker_timeout) as world:
+        work = Workspace(recipe, runtime, world)
+        world.alone(lambda: runtime.output and RunFolder.open(runtime.output, recipe, runtime.fresh))
+        world.alone(lambda: check_all(work))
+        similarity = measure(work)
+    if not world.first:
+        raise Dismissed
+    return decide(work, similarity)
+
+
+def estimate_only(recipe: Recipe, runtime: Runtime) -> Estimate:
+    """What the run would take, with its seconds; nothing is written, and no weights or text are read."""
+    work = Workspace(recipe, runtime)
+    check_request(work.shape, work.recipe)
+    sizes = sizes_of(work)
+    rates = probe(work.config, sizes, work.compute_dtype, work.device, recipe.replace)
+    return timed(work.estimate, sizes, rates)
+
+
+def analyze_model(recipe: Recipe, runtime: Runtime) -> tuple[Similarity, Path]:
+    """`similarity.json` and its figures in a folder of their own. Errors: UserError for a folder that is not ours."""
+    untrained = recipe.model_copy(update={"replace": "none"})  # which needs no text to train on
+    with ExitStack() as held:
+        with World.opened(runtime.worker_timeout) as world:
+            work = Workspace(untrained, runtime, world)
+            folder = world.alone(lambda: begin_analysis(work, held))
+            similarity = measure(work)
+        if not world.first:
+            raise Dismissed
+        remove_leftovers(folder)
+        similarity.write(folder / "similarity.json")
+        figures.draw_similarity(similarity, folder / "similarity.png")
+        figures.draw_heat_map(similarity, folder / "heat-map.png")
+    return similarity, folder
+
+
+def begin_analysis(work: Workspace, held: ExitStack) -> Path:
+    """The folder, locked until `held` ends. Errors: UserError where it is not ours, or nothing can be measured."""
+    folder = output_folder(work.runtime.output or Path(f"{Path(work.recipe.model).name}-analysis"))
+    held.enter_context(run_lock(folder))
+    if own_contents(folder) - ANALYSIS_FILES:
+        raise UserError(f"-o {folder} holds other things than an analysis; give a folder that is new or empty.")
+    check_protected(work.shape, work.recipe)
+    return folder
