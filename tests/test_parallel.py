@@ -219,7 +219,8 @@ def test_two_share_a_model_that_stays_on_the_disk_and_begin_afresh(text_file, tm
     (out / ".partial-leftover").write_text("")
     (tmp_path / "tmp").mkdir()
     more = ["--tokens", "4k", "--memory", "0.1GB", "--fresh"]
-    found = ended(start([*options(model, text_file, out), *more], TMPDIR=str(tmp_path / "tmp")))
+    command = ["tests.unlimited", *options(model, text_file, out)[1:], *more]
+    found = ended(start(command, TMPDIR=str(tmp_path / "tmp")))
     assert [code for code, _, _ in found] == [0, 0], found
     assert ["its layers are read from the disk" in err for _, _, err in found] == [True, False]
     assert {path.name for path in out.iterdir()} <= MADE and not list((tmp_path / "tmp").iterdir())

@@ -19,7 +19,7 @@ from llm_streamline.progress import progress
 from llm_streamline.records import Matrix, Similarity
 from llm_streamline.spool import States, spooled
 
-_CHUNK_TOKENS, _CHUNK_BYTES = 2048, 2**26  # bound the float32 copies of the states at all boundaries
+_CHUNK_TOKENS, _CHUNK_BYTES = 2048, 2**25  # bound the float32 copies of the states at all boundaries
 _TINY = 1e-12
 
 

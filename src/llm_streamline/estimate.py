@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 LIBRARIES = 450 * 10**6  # bytes that torch and its like take in a process that has run a model
 CHECKER = 330 * 10**6  # the same in the process that checks a saved folder, which has run no text
-STATES = 2**26  # of float32 copies while states are compared, of which two are alive
+STATES = 2**25  # of float32 copies while states are compared, of which two are alive
 VALIDATIONS = 6
 BLAME = {
     "analysis": "a smaller --block",
