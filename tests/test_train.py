@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from llm_streamline.errors import UserError
+from llm_streamline.memory import default_batch
 from llm_streamline.recipe import Recipe
 from llm_streamline.records import Window
 from llm_streamline.replacement import build_replacement
-from llm_streamline.train import LOSSES, Settings, Trainer, default_batch, learning_rate
+from llm_streamline.train import LOSSES, Settings, Trainer, learning_rate
 from tests import tiny
 
 WINDOW = Window(start=1, stop=4)
@@ -167,8 +168,8 @@ def test_open_settings_follow_the_text_and_the_width():
     settings = Settings.resolve(recipe, blocks, 4096, 2**36, autocast=False)
     assert settings.lr == pytest.approx(2.5e-4) and settings.min_lr == pytest.approx(2.5e-5)
     assert Settings.resolve(recipe, blocks, 128, 2**36, autocast=False).lr == 1e-3
-    assert default_batch(blocks, recipe, 64, 2**36) == 16
-    assert default_batch(torch.zeros(100, 256), recipe, 64, 2**36) == 1
-    assert default_batch(torch.empty(10**6, 2048, device="meta"), recipe, 64, 2**36) == 8
-    assert default_batch(blocks, Recipe(model="m", accumulate=4), 64, 2**36) == 4
-    assert default_batch(blocks, recipe, 4096, 2**33) == 4
+    assert default_batch((4000, 256), recipe, 64, 2**36) == 16
+    assert default_batch((100, 256), recipe, 64, 2**36) == 1
+    assert default_batch((10**6, 2048), recipe, 64, 2**36) == 8
+    assert default_batch((4000, 256), Recipe(model="m", accumulate=4), 64, 2**36) == 4
+    assert default_batch((4000, 256), recipe, 4096, 2**33) == 4

@@ -182,14 +182,11 @@ def _training(sizes: Sizes, model: int, offloaded: bool) -> list[Stage]:
         Stage(
             name="training",
             on_device=True,
-            memory=model + waiting + cast + peak + BEST_COPIES * sizes.trained * 4,
+            memory=model + waiting + cast + peak,
             disk=(3 + 1 + 1) * sizes.trained * 4,
             tokens=sizes.training + VALIDATIONS * sizes.validation,
         )
     ]
-
-
-BEST_COPIES = 1  # of the replacement's best weights, in memory
 
 
 def _assembly(sizes: Sizes, model: int, offloaded: bool, ram: int) -> int:
@@ -218,7 +215,7 @@ def sizes_of(work: Workspace) -> Sizes:
     recipe, shape, config = work.recipe, work.shape, work.config
     block = block_length(recipe, context_length(config))
     layer, occupied = max(shape.layers), recipe.occupied
-    tokens = recipe.tokens or DEFAULT_TOKENS
+    tokens = (recipe.tokens or DEFAULT_TOKENS) * recipe.epochs
     blocks = max(1, tokens // block)
     return Sizes(
         total=shape.total,

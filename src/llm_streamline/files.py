@@ -36,6 +36,17 @@ def atomic(target: Path) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def storage_guard(target: Path) -> Iterator[None]:
+    """Errors: UserError for a full disk or a place that cannot be written, in one sentence."""
+    try:
+        yield
+    except OSError as error:
+        if is_storage_failure(error):
+            raise UserError(storage_sentence(error, target)) from error
+        raise
+
+
 def write_text(target: Path, text: str) -> None:
     with atomic(target) as temporary:
         temporary.write_text(text, encoding="utf-8")

@@ -31,10 +31,11 @@ ONLY_COMPRESS = {
         "min_lr",
     ),
     *("weight_decay", "warmup", "clip", "dtype", "preset", "dry_run", "tracker", "tasks", "checkpoint_every", "fresh"),
+    *("epochs", "cache"),
 }
 NOT_ESTIMATE = {"dry_run", "tracker", "tasks", "checkpoint_every", "worker_timeout", "fresh"}
-NOT_ESTIMATE |= {"seed", "lr", "min_lr", "clip", "warmup"}
-NOT_EVALUATE = {"tracker", "dry_run", "models", "checkpoint_every", "worker_timeout", "fresh"}
+NOT_ESTIMATE |= {"cache", "seed", "lr", "min_lr", "clip", "warmup"}
+NOT_EVALUATE = {"tracker", "dry_run", "models", "checkpoint_every", "worker_timeout", "fresh", "cache"}
 
 
 def _annotation(kind: Any) -> Any:

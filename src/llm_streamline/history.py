@@ -18,6 +18,11 @@ VALIDATIONS = 5
 CURVE_POINTS = 100
 
 Track = Callable[[dict[str, float], int], None]
+Keep = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+
+
+def in_memory(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value.detach().cpu().clone() for key, value in weights.items()}
 
 
 @dataclass
@@ -28,6 +33,7 @@ class History:
     validate: Callable[[], float]
     steps: int
     track: Track
+    keep: Keep = in_memory  # the best weights, until a better one
     step: int = 0
     tokens: int = 0
     lr: float = 0.0
@@ -81,7 +87,7 @@ class History:
     def _check(self) -> None:
         loss = self.validate()
         if not self.checks or loss < self.best.loss:
-            self.best_weights = {key: value.detach().cpu().clone() for key, value in self.network.state_dict().items()}
+            self.best_weights = self.keep(self.network.state_dict())
         self.checks.append(Check(step=self.step, loss=loss))
         self.track({"validation/loss": loss}, self.step)
 

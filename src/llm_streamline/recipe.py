@@ -124,6 +124,7 @@ class Recipe(Schema):
         None,
         description="Sequences per micro-batch. [default: by memory, for 250 steps or more of 16k tokens or fewer]",
     )
+    epochs: Count = Field(1, description="How often the training tokens are gone through, each time in another order.")
     accumulate: Count = Field(1, description="Micro-batches per optimizer step.")
     lr: float | None = Field(
         None,
@@ -210,6 +211,11 @@ class Runtime(Schema):
         ("quick",),
         description="What to ask the dense, the cut and the saved model in the end, as evaluate takes it, besides "
         "questions of the run's own text; or none, to evaluate nothing. Repeat it for several. [default: quick]",
+    )
+    cache: Size | None = Field(
+        None,
+        description="With several --epochs: keep states on the disk, in as many bytes at most, e.g. 20GB, so that the "
+        "frozen layers run once; used where it is measured to be faster. [default: no cache]",
     )
     checkpoint_every: Duration = Field(
         300.0,

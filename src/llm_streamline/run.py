@@ -7,6 +7,7 @@ import json
 from contextlib import ExitStack
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -14,17 +15,19 @@ from llm_streamline import checkpoint, figures, memory
 from llm_streamline.analyze import analyze
 from llm_streamline.assemble import Parts as ModelParts
 from llm_streamline.assemble import assemble
+from llm_streamline.cache import Cached, StateCache, cache_bytes
 from llm_streamline.card import CARD, is_licence, origin, source_files, write_card
 from llm_streamline.choose import check_request, choose
 from llm_streamline.comparison import CUT, SAVED
 from llm_streamline.errors import Dismissed, UserError
 from llm_streamline.evaluation import EVALUATION, Evaluation, Request, Result
-from llm_streamline.files import atomic, free_space, sha256
+from llm_streamline.files import atomic, free_space, remove, sha256
 from llm_streamline.forward import substituted
 from llm_streamline.lock import run_lock
 from llm_streamline.oracle import MANIFEST, versions
 from llm_streamline.page import PAGE, write_evaluation_report, write_report
 from llm_streamline.parallel import World
+from llm_streamline.passages import Passages, passages_of
 from llm_streamline.progress import say
 from llm_streamline.recipe import Recipe, Runtime
 from llm_streamline.records import Fit, Inputs, LayerPlan, Manifest, Scores, Similarity, Verification
@@ -41,6 +44,7 @@ from llm_streamline.train import Settings, Trainer, rates
 from llm_streamline.workspace import RunFolder, Workspace, output_folder
 
 NO_TASKS = "none"
+CACHE = "cache"  # states for later epochs
 SNAPSHOT = "checkpoint.safetensors"  # the state of a training that has not come to its end
 
 
@@ -122,6 +126,8 @@ def check_all(work: Workspace) -> None:
     work.check_replacement(check_request(work.shape, work.recipe))
     rates(work.recipe, work.config.hidden_size)
     check_tracker(work.runtime.tracker)
+    if work.runtime.cache and (work.recipe.epochs == 1 or work.world.size > 1):
+        raise UserError("--cache is for several epochs in one process; give --epochs 2 or more, or leave it out.")
     work.estimate.check(free_space(work.runtime.output))
 
 
@@ -162,7 +168,7 @@ def train_replacement(work: Workspace, plan: LayerPlan, folder: RunFolder) -> Fi
     if fit := world.led(lambda: trained_before(folder, snapshot)):
         return fit
     work.share()
-    training = shuffled(work.parts.training, work.recipe.seed)
+    training = torch.cat([shuffled(work.parts.training, seed) for seed in epoch_seeds(work.recipe)])
     replacement = world.attempt(lambda: work.replacement(work.model, plan.replaced()).to(work.device))
     replacement.load_state_dict(world.led(replacement.state_dict))  # that another machine may round otherwise
     settings = world.led(lambda: settings_of(work, training).continued(snapshot))
@@ -173,12 +179,34 @@ def train_replacement(work: Workspace, plan: LayerPlan, folder: RunFolder) -> Fi
         work.runtime.quiet,
     )
     with tracking(work) as track:
-        trainer = Trainer(work.model, plan.window, replacement, settings, work.runtime.quiet, track, snapshot, world)
+        trainer = Trainer(work.model, plan.window, replacement, settings, work.runtime.quiet, track, snapshot)
+        trainer.source, trainer.world = source_of(work, plan, settings, folder), world
         fit = trainer.fit(training, work.parts.validation)
     if world.first:
         keep_replacement(replacement, fit, folder)
         snapshot.remove()
+        remove(folder.path / CACHE)
     return fit
+
+
+def epoch_seeds(recipe: Recipe) -> list[int]:
+    return [recipe.seed + epoch for epoch in range(recipe.epochs)]
+
+
+def source_of(work: Workspace, plan: LayerPlan, settings: Settings, folder: RunFolder) -> Passages | None:
+    """States from the disk for later epochs, where a cache was asked for and is large enough to hold them."""
+    limit, blocks = work.runtime.cache, work.parts.training
+    if limit is None:
+        return None
+    size = cache_bytes(blocks, work.config.hidden_size, work.compute_dtype)
+    if size > limit:
+        say(f"no cache: its {size / 1e9:.3g} GB are more than --cache {limit / 1e9:.3g} GB", work.runtime.quiet)
+        return None
+    say(f"states are kept in {folder.path / CACHE} for later epochs: {size / 1e9:.3g} GB", work.runtime.quiet)
+    owner = sha256(work.inputs().model_dump_json().encode(), str(plan.window).encode(), work.compute.encode())
+    cache = StateCache(folder.path / CACHE, owner, blocks, work.config.hidden_size, work.compute_dtype)
+    stream = passages_of(work.model, plan.window, settings.autocast)
+    return Cached(work.model, plan.window, stream, cache, work.runtime.quiet)
 
 
 def settings_of(work: Workspace, training: Tensor) -> Settings:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from llm_streamline.errors import UserError, reason
 from llm_streamline.files import atomic, remove
-from llm_streamline.history import History
+from llm_streamline.history import History, in_memory
 from llm_streamline.parallel import ALONE, World
 
 _STATE = "state"  # in the file's metadata: everything that is no tensor
@@ -86,6 +86,20 @@ class Snapshot:
 
     def remove(self) -> None:
         remove(self.path)
+        remove(self._best)
+
+    @property
+    def _best(self) -> Path:
+        return self.path.with_stem(f"{self.path.stem}-best")
+
+    def keep_best(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The weights in a file of their own, mapped, so that they take no memory while training goes on."""
+        if not self.world.first:
+            return in_memory(weights)
+        with atomic(self._best) as temporary:
+            save_file({key: value.contiguous() for key, value in weights.items()}, temporary)
+        with safe_open(self._best, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
 
     def _read(self, whole: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """The state and, where the whole is wanted, its tensors, mapped: they take no memory until they are copied."""

@@ -17,18 +17,16 @@ from transformers import PreTrainedModel
 
 from llm_streamline.errors import Dismissed, Stopped, UserError, WorkerLost
 from llm_streamline.forward import Passage
-from llm_streamline.history import History, Track
+from llm_streamline.history import History, Track, in_memory
 from llm_streamline.interruption import stop_between_steps
+from llm_streamline.memory import default_batch
 from llm_streamline.parallel import ALONE, World, sum_gradients
-from llm_streamline.passages import passages_of
+from llm_streamline.passages import Passages, passages_of
 from llm_streamline.progress import Advance, progress, say
 from llm_streamline.recipe import Recipe
 from llm_streamline.records import Fit, Window
 from llm_streamline.replacement import ReplacementLayers
 from llm_streamline.snapshot import Snapshot
-
-FEWEST_STEPS = 250
-LARGEST_BATCH_TOKENS = 16_384
 
 
 def mse(prediction: Tensor, target: Tensor) -> Tensor:
@@ -65,7 +63,7 @@ class Settings:
         lr, min_lr = rates(recipe, width)
         return cls(
             loss=recipe.loss,
-            batch=recipe.batch or default_batch(training, recipe, width, memory),
+            batch=recipe.batch or default_batch((len(training), training.shape[1]), recipe, width, memory),
             accumulate=recipe.accumulate,
             lr=lr,
             min_lr=min_lr,
@@ -93,16 +91,6 @@ def rates(recipe: Recipe, width: int) -> tuple[float, float]:
     return lr, min_lr
 
 
-def default_batch(training: Tensor, recipe: Recipe, width: int, memory: int) -> int:
-    """Sequences per micro-batch: at least 250 steps, at most 16k tokens a step, and what a quarter of memory holds."""
-    blocks, block = training.shape
-    for_steps = blocks // (FEWEST_STEPS * recipe.accumulate)
-    for_tokens = LARGEST_BATCH_TOKENS // block
-    # about 64 float32 values of the model's width are alive per token and layer while it trains
-    for_memory = memory // 4 // (block * width * 4 * 64 * (recipe.occupied + 1))
-    return max(1, min(for_steps, for_tokens, for_memory))
-
-
 def _split(blocks: Tensor, batch: int) -> Sequence[Tensor]:
     return blocks.split(batch) if len(blocks) else ()  # torch would make one part, with nothing in it
 
@@ -128,13 +116,14 @@ class Trainer:
     quiet: bool = False
     track: Track = field(default=lambda values, step: None)
     snapshot: Snapshot | None = None
+    source: Passages | None = None  # of the passages, where the model is not simply run
     world: World = ALONE  # whose processes share every step's sequences and hold the same weights
     _asked: Callable[[], int] = field(default=lambda: 0, init=False)
     _heard: list[float] = field(default_factory=list, init=False)  # what all have said with the last step
 
     def passages(self, batches: Sequence[Tensor]) -> Iterator[Passage]:
         """What crosses the window's boundaries on each micro-batch of token ids (B, T), made when it is asked for."""
-        return passages_of(self.model, self.window, self.settings.autocast)(batches)
+        return (self.source or passages_of(self.model, self.window, self.settings.autocast))(batches)
 
     def loss(self, passage: Passage) -> Tensor:
         """The distillation loss on one micro-batch."""
@@ -202,6 +191,7 @@ class Trainer:
         groups = training.split(self.settings.batch * self.settings.accumulate)
         optimizer = self.optimizer()
         history = History(self.replacement, lambda: self.validate(validation), len(groups), self.track)
+        history.keep = self.snapshot.keep_best if self.snapshot is not None else in_memory
         if self.snapshot is not None and self.snapshot.restore(self.replacement, optimizer, history):
             say(f"resumed at step {history.step} of {history.steps}", self.quiet)
             history.catch_up()
