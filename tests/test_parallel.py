@@ -36,6 +36,11 @@ SETUPS = {
     "accumulated": ("llama", {"batch": 1, "accumulate": 4}),
     "experts": ("qwen3_moe", {"batch": 2, "accumulate": 2}),
 }
+LAUNCHERS = {
+    "torchrun": "torch.distributed.run --standalone --nproc-per-node 2",
+    "accelerate": "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no "
+    "--dynamo_backend no",
+}
 SIMILARITY = ("cosine", "relative_change", "cosine_se", "relative_change_se")
 
 
@@ -209,6 +214,18 @@ def test_what_the_first_refuses_ends_both_with_one_line(llama_folder, text_file,
         found = ended(start(options(llama_folder, text_file, tmp_path / "held")))
     assert [code for code, _, _ in found] == [2, 2] and not (tmp_path / "held").exists()
     assert "held is in use by another run" in found[0][2] and not found[1][2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_launchers_start_one_run_of_two_processes(launcher, llama_folder, text_file, tmp_path):
+    sizes = ["--block", "32", "--device", "cpu", "--compute", "float32", "--worker-timeout", "60s"]
+    measure = ["-m", "llm_streamline", "analyze", str(llama_folder), "--data", str(text_file), *sizes, "--json"]
+    command = [sys.executable, "-m", *LAUNCHERS[launcher].split(), *measure]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["cosine"], "said by the first alone: two would have been two documents"
 
 
 @pytest.mark.slow
