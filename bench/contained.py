@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from typing import Any
 GROUPS = Path("/sys/fs/cgroup")
 TOKENS = {"calibration": 4096, "validation": 512, "tokens": 4096}
 DONE = {"similarity.json": "training", "replacement": "assembly", "model": "scores"}  # what is there says what goes on
+EVERY, LINGERS = 0.02, 1.0  # seconds; what a stage held may be let go a moment after its file is there
 TOLERANCE = 0.2
 
 
@@ -80,13 +82,15 @@ def run(arguments: list[str], limit: int, out: Path | None = None) -> Reading:
     """A command of ours under the limit, with nothing of the model in the cache of files at its start."""
     forget(Path(arguments[1]))
     reading, started = Reading(), time.perf_counter()
+    recent: deque[str] = deque(maxlen=int(LINGERS / EVERY))
     with group(limit) as inside, tempfile.TemporaryFile("w+") as stdout:
         command = [sys.executable, "-m", "llm_streamline", *arguments, *(("-o", str(out)) if out else ())]
         process = subprocess.Popen(command, stdout=stdout, preexec_fn=inside.enter)
         while process.poll() is None:
-            reading.note(stage_of(out, inside), inside.anonymous())
+            recent.append(stage_of(out, inside))
+            reading.note(recent[0], inside.anonymous())
             reading.read = bytes_read(process.pid) or reading.read
-            time.sleep(0.02)
+            time.sleep(EVERY)
         stdout.seek(0)
         reading.out, reading.code = stdout.read(), process.returncode
         reading.seconds, reading.refusals = time.perf_counter() - started, inside.refusals()

@@ -1,0 +1,136 @@
+"""Ways to shorten a model on equal tokens, row by row: excess loss, stability and accuracy on text no stage has read.
+
+`python -m bench.quality ROWS --model MODEL --data TEXT.jsonl --heldout TEXT.jsonl --questions TASK.jsonl
+    [--methods NAME ...] [--remove 25% 42%] [--seeds 0 1 2] [--tokens 500k]`
+
+adds to the folder ROWS what is not there yet, one JSON file per row, so that it can be stopped at any time;
+`python -m bench.quality_table ROWS` prints what has come in. Without --heldout a row is judged on the validation part
+of the training text alone, which is what settings are chosen by.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from llm_streamline import compress
+from llm_streamline.checkpoint import Source, context_length, load_model, load_tokenizer
+from llm_streamline.errors import UserError
+from llm_streamline.files import write_text
+from llm_streamline.recipe import Recipe, Runtime
+from llm_streamline.scoring.perplexity import token_losses
+from llm_streamline.scoring.questions import answers, encode, read_questions
+from llm_streamline.scoring.texts import read_text, windows
+
+DENSE = "dense"
+METHODS: dict[str, dict[str, Any]] = {  # what of a recipe each sets; the tokens are the same for all that train
+    "none": {"replace": "none"},
+    "default": {},
+    "paper": {"preset": "paper"},
+    "paper-random": {"preset": "paper-random"},
+    "paper-ffn": {"preset": "paper-ffn", "custom_code": True},
+}
+
+
+def given(text: str) -> tuple[str, dict[str, Any]]:
+    """A method by its name, or 'NAME::key=value;key=value' for one that is being tried."""
+    name, colon, values = text.partition("::")
+    if not colon and name not in METHODS:
+        sys.exit(f"--methods {text} is not known: give one of {', '.join(METHODS)}, or NAME::key=value;key=value.")
+    return name, METHODS[name] if not colon else dict(pair.split("=", 1) for pair in values.split(";"))
+
+
+class Judge:
+    """The text and the questions that models are judged by."""
+
+    def __init__(self, model: str, heldout: Path | None, questions: Path | None) -> None:
+        source = Source(model)
+        config = load_model(source, torch.float32).config
+        tokenizer, context = load_tokenizer(source, config.vocab_size), context_length(config)
+        block = min(2048, context)
+        ids = (
+            [tokenizer.encode(document, verbose=False) for document in read_text(heldout).documents] if heldout else []
+        )
+        self._windows = [one for number, some in enumerate(ids) for one in windows(number, some, block, block - 1)]
+        self._questions = read_questions(questions) if questions else []
+        self._rows = encode(tokenizer, self._questions, context)
+
+    def row(self, model: PreTrainedModel) -> dict[str, Any]:
+        """Per document the summed loss in nats and the tokens; per question its choices' PPL and what is right."""
+        losses = token_losses(model, [window.ids for window in self._windows], None, lambda done: None)
+        documents: dict[int, list[float]] = {}
+        for window, loss in zip(self._windows, losses, strict=True):
+            found = documents.setdefault(window.document, [0.0, 0])
+            found[0] += float(loss[-window.new :].double().sum())
+            found[1] += window.new
+        items = answers(model, self._questions, self._rows, "questions", quiet=True) if self._questions else []
+        kept = [[item.ppl, item.right, bool(item.likeliest_right)] for item in items]
+        return {"documents": list(documents.values()), "items": kept}
+
+
+def shortened(values: dict[str, Any], scratch: Path, judge: Judge) -> dict[str, Any]:
+    """One run's row. Errors: UserError where the method cannot be applied."""
+    started, spent = time.perf_counter(), time.process_time()
+    out = scratch / "run"
+    result = compress(Recipe(**values), Runtime(output=out, tasks=("none",), quiet=True))
+    row = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - spent}
+    scores, fit = result.scores, result.fit
+    row |= {"window": str(result.plan.window), "parameters": result.plan.parameters_after}
+    row |= {"trained": getattr(fit, "trained_parameters", 0), "tokens": getattr(fit, "tokens", 0)}
+    row |= {"validation": scores.excess(scores.saved), "validation_dense": scores.dense.nats}
+    custom = result.plan.custom_code
+    row |= judge.row(load_model(Source(result.model, trust_remote_code=custom), torch.float32)) if not custom else {}
+    shutil.rmtree(out)
+    return row
+
+
+def add_rows(options: argparse.Namespace) -> None:
+    options.rows.mkdir(parents=True, exist_ok=True)
+    judge = Judge(options.model, options.heldout, options.questions)
+    dense = options.rows / f"{DENSE}.json"
+    if not dense.exists():
+        row = {"method": DENSE, **judge.row(load_model(Source(options.model), torch.float32))}
+        write_text(dense, json.dumps(row))
+    for seed in options.seeds:
+        for remove in options.remove:
+            for name, values in map(given, options.methods):
+                file = options.rows / f"{name}-{remove.rstrip('%')}-{seed}.json"
+                if file.exists():
+                    continue
+                base = {"model": options.model, "data": options.data, "remove": remove, "seed": seed}
+                base |= {"tokens": options.tokens} if values.get("replace") != "none" else {}
+                with tempfile.TemporaryDirectory() as scratch:
+                    try:
+                        row = shortened({**base, **values}, Path(scratch), judge)
+                    except UserError as error:
+                        print(f"{file.stem}: {error}", file=sys.stderr)
+                        continue
+                write_text(file, json.dumps({"method": name, "remove": remove, "seed": seed, **row}))
+                print(f"{file.stem}: excess {row['validation']:.4f} nats, {row['seconds']:.0f} s", file=sys.stderr)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", type=Path)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--heldout", type=Path)
+    parser.add_argument("--questions", type=Path)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS))
+    parser.add_argument("--remove", nargs="+", default=["25%", "42%"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--tokens", default="500k")
+    add_rows(parser.parse_args())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""The rows of `bench.quality` as a table: every method beside one of them, with paired bootstrap intervals.
+
+`python -m bench.quality_table ROWS [--against default]`. Documents (or questions) and seeds are drawn
+together, the same for both methods of a pair, so that what is common to them falls out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bench.quality import DENSE
+
+DRAWS = 2000
+Values = NDArray[np.float64]
+Row = dict[str, Any]
+
+
+def read(folder: Path) -> tuple[Row, dict[str, dict[str, list[Row]]]]:
+    """The dense model's row; and by share removed, by method, the rows of the seeds in order."""
+    found: dict[str, dict[str, list[Row]]] = {}
+    dense: Row = {}
+    for file in sorted(folder.glob("*.json")):
+        row = json.loads(file.read_text(encoding="utf-8"))
+        if row["method"] == DENSE:
+            dense = row
+        else:
+            found.setdefault(row["remove"], {}).setdefault(row["method"], []).append(row)
+    for methods in found.values():
+        for rows in methods.values():
+            rows.sort(key=lambda row: row["seed"])
+    return dense, found
+
+
+class Compared:
+    """Rows of one share removed as arrays: (seeds, documents) of losses, (seeds, questions) of verdicts."""
+
+    def __init__(self, dense: Row, rows: list[Row]) -> None:
+        self.seeds = [row["seed"] for row in rows]
+        self.tokens = np.array([count for _, count in dense["documents"]], dtype=float)
+        base = np.array([total for total, _ in dense["documents"]])
+        self.extra = np.array([[total for total, _ in row["documents"]] for row in rows]) - base
+        spread = np.array([np.std(ppl, ddof=1) for ppl, _, _ in dense["items"]])
+        self.weights = np.exp(spread - spread.max()) if len(spread) else spread  # Eq. 5
+        first = np.array([right for _, right, _ in dense["items"]], dtype=bool)
+        self.agree = np.array([[right for _, right, _ in row["items"]] for row in rows], dtype=bool) == first
+        self.right = np.array([[likeliest for _, _, likeliest in row["items"]] for row in rows], dtype=float)
+
+    def excess(self) -> float:
+        """Nats per token over the dense model."""
+        return float(self.extra.sum(axis=1).mean() / self.tokens.sum())
+
+    def stability(self) -> float:
+        """Eq. 6, the mean over seeds."""
+        return float((self.agree * self.weights).sum(axis=1).mean() / self.weights.sum())
+
+    def accuracy(self) -> float:
+        return float(self.right.mean())
+
+
+def differences(one: Compared, other: Compared, generator: np.random.Generator) -> dict[str, tuple[float, float]]:
+    """95 % intervals of one minus other, by figure; both have the same seeds."""
+    seeds = generator.integers(len(one.seeds), size=(DRAWS, len(one.seeds)))
+    return {
+        "excess": _interval(one.extra - other.extra, one.tokens, seeds, generator),
+        "stability": _interval((one.agree.astype(float) - other.agree) * one.weights, one.weights, seeds, generator),
+        "accuracy": _interval(one.right - other.right, np.ones(one.right.shape[1]), seeds, generator),
+    }
+
+
+def _interval(
+    values: Values, weights: Values, seeds: NDArray[np.int64], generator: np.random.Generator
+) -> tuple[float, float]:
+    """Of sum(values) / sum(weights) over drawn units, the mean over drawn seeds."""
+    if not values.size:
+        return (float("nan"), float("nan"))
+    found = []
+    for drawn in seeds:
+        units = generator.integers(values.shape[1], size=values.shape[1])
+        found.append(values[drawn].mean(axis=0)[units].sum() / weights[units].sum())
+    return (float(np.percentile(found, 2.5)), float(np.percentile(found, 97.5)))
+
+
+def table(dense: Row, methods: dict[str, list[Row]], against: str) -> None:
+    names = [name for name in methods if methods[name][0].get("documents")]
+    print(
+        "| method | window | trained | excess, nats | minus the first | stability | minus | accuracy | minus | CPU s |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    first = Compared(dense, methods[against])
+    for name in sorted(names, key=lambda name: Compared(dense, methods[name]).excess()):
+        rows = [row for row in methods[name] if row["seed"] in first.seeds]
+        one = Compared(dense, rows)
+        same = Compared(dense, [row for row in methods[against] if row["seed"] in one.seeds])
+        gaps = differences(one, same, np.random.default_rng(0))
+        low, high = zip(*(gaps[key] for key in ("excess", "stability", "accuracy")), strict=True)
+        shown = [f"[{a:+.4f}, {b:+.4f}]" if name != against else "" for a, b in zip(low, high, strict=True)]
+        windows = "/".join(dict.fromkeys(row["window"] for row in rows))
+        seconds = np.mean([row["cpu_seconds"] for row in rows])
+        print(
+            f"| `{name}` ({len(rows)}) | {windows} | {rows[0]['trained']:,} | {one.excess():.4f} | {shown[0]} "
+            f"| {one.stability():.4f} | {shown[1]} | {one.accuracy():.4f} | {shown[2]} | {seconds:.0f} |"
+        )
+
+
+def validation(methods: dict[str, list[Row]]) -> None:
+    """What settings are chosen by: excess loss on the validation part, the mean over seeds and each."""
+    print("| method | window | trained | excess on validation | by seed | CPU s |")
+    print("|---|---|---|---|---|---|")
+    for name in sorted(methods, key=lambda name: np.mean([row["validation"] for row in methods[name]])):
+        rows = methods[name]
+        each = " ".join(f"{row['validation']:.4f}" for row in rows)
+        windows = "/".join(dict.fromkeys(row["window"] for row in rows))
+        mean, seconds = (np.mean([row[key] for row in rows]) for key in ("validation", "cpu_seconds"))
+        print(f"| `{name}` | {windows} | {rows[0]['trained']:,} | {mean:.4f} | {each} | {seconds:.0f} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", type=Path)
+    parser.add_argument("--against", default="default")
+    options = parser.parse_args()
+    dense, found = read(options.rows)
+    for remove, methods in found.items():
+        print(f"\n{remove} removed\n")
+        validation(methods)
+        if dense.get("documents") and options.against in methods:
+            print()
+            table(dense, methods, options.against)
+
+
+if __name__ == "__main__":
+    main()
