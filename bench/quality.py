@@ -82,7 +82,7 @@ def shortened(values: dict[str, Any], scratch: Path, judge: Judge) -> dict[str, 
     started, spent = time.perf_counter(), time.process_time()
     out = scratch / "run"
     result = compress(Recipe(**values), Runtime(output=out, tasks=("none",), quiet=True))
-    row = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - spent}
+    row: dict[str, Any] = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - spent}
     scores, fit = result.scores, result.fit
     row |= {"window": str(result.plan.window), "parameters": result.plan.parameters_after}
     row |= {"trained": getattr(fit, "trained_parameters", 0), "tokens": getattr(fit, "tokens", 0)}

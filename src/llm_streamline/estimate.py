@@ -165,7 +165,7 @@ def _scores(sizes: Sizes, model: int, offloaded: bool, after: int) -> Stage:
 def passing(sizes: Sizes, tokens: int, offloaded: bool) -> int:
     """Bytes alive while a micro-batch passes a layer: what its MLP holds at once, and a layer in another format."""
     converted = offloaded and sizes.compute_bytes != sizes.stored_bytes
-    values = 4 * sizes.width + 4 * sizes.inner
+    values = 3 * sizes.width + 3 * sizes.inner
     return tokens * values * sizes.compute_bytes + (sizes.layer * sizes.compute_bytes if converted else 0)
 
 
