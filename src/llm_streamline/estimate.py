@@ -231,7 +231,7 @@ def sizes_of(work: Workspace) -> Sizes:
         saved_bytes=work.dtype.itemsize,
         block=block,
         forward=max(block, FORWARD_TOKENS // block * block),
-        batch=recipe.batch or default_batch((blocks, block), recipe, config.hidden_size, work.memory),
+        batch=recipe.batch or default_batch((blocks, block), recipe, (shape.num_layers, config.hidden_size), work.memory),
         calibration=recipe.calibration_tokens or CALIBRATION_TOKENS,
         training=tokens if occupied else 0,
         validation=recipe.validation_tokens or VALIDATION_TOKENS,

@@ -210,7 +210,8 @@ def source_of(work: Workspace, plan: LayerPlan, settings: Settings, folder: RunF
 
 
 def settings_of(work: Workspace, training: Tensor) -> Settings:
-    return Settings.resolve(work.recipe, training, work.config.hidden_size, work.memory, work.bfloat16)
+    shape = (work.shape.num_layers, work.config.hidden_size)
+    return Settings.resolve(work.recipe, training, shape, work.memory, work.bfloat16)
 
 
 def trained_before(folder: RunFolder, snapshot: Snapshot) -> Fit | None:
