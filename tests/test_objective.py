@@ -75,6 +75,18 @@ def test_shares_are_of_the_tokens_and_exact():
     assert parse_objective("nmse").schedule([3] * 4) == [NMSE] * 4 and parse_objective("kl").schedule([]) == []
 
 
+def test_steps_are_told_before_they_are_taken():
+    told = parse_objective("mse:0.6,kl:5:0.39,lm:0.01").describe([16] * 5)
+    losses = "mse in steps 1 to 3, kl:5 in steps 4 to 5, lm in no step, as its share is too small"
+    assert told == f"the loss is {losses}; every validation is by lm"
+
+
+def test_more_tokens_than_the_vocabulary_has_are_refused():
+    parse_objective("nmse:0.5,kl:259:0.5").check(259)
+    with pytest.raises(UserError, match=r"--loss kl:260 is over more tokens than the model's 259; give kl, or fewer"):
+        parse_objective("nmse:0.5,kl:260:0.5").check(259)
+
+
 def test_cosine_by_hand():
     target = torch.tensor([[[3.0, 4.0], [0.0, 2.0]]])
     prediction = torch.tensor([[[30.0, 40.0], [5.0, 0.0]]])

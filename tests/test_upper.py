@@ -107,7 +107,7 @@ def test_one_position_at_least():
 
 
 def test_a_model_that_would_get_gradients_is_refused():
-    with pytest.raises(ValueError, match="call model.requires_grad_"):
+    with pytest.raises(ValueError, match=r"call model\.requires_grad_"):
         Upper(tiny.make_model("llama"), WINDOW.stop, autocast=False)
 
 

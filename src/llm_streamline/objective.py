@@ -13,7 +13,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import accumulate
+from itertools import accumulate, pairwise
+
+from llm_streamline.errors import UserError
 
 STATES = ("nmse", "mse", "cosine")  # of the hidden states at the window's end
 ABOVE = ("kl", "lm")  # of the logits, through the frozen layers above the window
@@ -62,6 +64,24 @@ class Objective:
         """The loss of each step, of which the number of tokens is given."""
         *before, total = accumulate(tokens, initial=0)
         return [self.at(done, total) for done in before]
+
+    def describe(self, tokens: Sequence[int]) -> str:
+        """Which steps each loss has, for people."""
+        *before, total = accumulate(tokens, initial=0)
+        ends = [sum(done < end * total for done in before) for end in self.ends]
+        spans = [_span(*span) for span in pairwise([0, *ends])]
+        said = ", ".join(f"{part} {span}" for part, span in zip(self.parts, spans, strict=True))
+        return f"the loss is {said}; every validation is by {self.measure}"
+
+    def check(self, vocabulary: int) -> None:
+        """Errors: UserError for a kl:K of more tokens than there are."""
+        for part in self.parts:
+            if part.top > vocabulary:
+                raise UserError(f"--loss {part} is over more tokens than the model's {vocabulary}; give kl, or fewer.")
+
+
+def _span(begin: int, end: int) -> str:
+    return f"in steps {begin + 1} to {end}" if end > begin else "in no step, as its share is too small"
 
 
 def parse_objective(text: str) -> Objective:

@@ -128,6 +128,7 @@ def check_all(work: Workspace) -> None:
     check_tracker(work.runtime.tracker)
     if work.runtime.cache and (work.recipe.epochs == 1 or work.world.size > 1):
         raise UserError("--cache is for several epochs in one process; give --epochs 2 or more, or leave it out.")
+    work.recipe.objective.check(work.config.vocab_size)
     work.estimate.check(free_space(work.runtime.output))
 
 

@@ -19,12 +19,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llm_streamline.errors import Dismissed, Stopped, UserError, WorkerLost
+from llm_streamline.families import layers_of
 from llm_streamline.forward import Passage
 from llm_streamline.history import History, Track, in_memory
 from llm_streamline.interruption import stop_between_steps
 from llm_streamline.losses import LOSSES
 from llm_streamline.memory import default_batch
 from llm_streamline.objective import Objective, Part, parse_objective
+from llm_streamline.offload import is_offloaded
 from llm_streamline.parallel import ALONE, World, sum_gradients
 from llm_streamline.passages import Passages, passages_of
 from llm_streamline.progress import Advance, progress, say
@@ -52,7 +54,7 @@ class Settings:
 
     @classmethod
     def resolve(cls, recipe: Recipe, training: Tensor, shape: tuple[int, int], memory: int, autocast: bool) -> Settings:
-        """What the recipe leaves open is decided from the text, the model's depth and width, and the bytes of memory."""
+        """What the recipe leaves open is decided from the text, the model's depth and width, and the memory."""
         lr, min_lr = rates(recipe, shape[1])
         return cls(
             loss=recipe.loss,
@@ -217,7 +219,7 @@ class Trainer:
         self, groups: Sequence[Tensor], optimizer: torch.optim.Optimizer, history: History, advance: Advance
     ) -> None:
         """The steps that are left, with a snapshot where one is due."""
-        parts = self.objective.schedule([blocks.numel() for blocks in groups])
+        parts = self._announced([blocks.numel() for blocks in groups])
         history.switches = {step for step, (one, other) in enumerate(pairwise(parts), start=1) if one != other}
         left = groups[history.step :]
         own = [self.world.share(blocks) for blocks in left]
@@ -232,6 +234,14 @@ class Trainer:
                     self.world.alone(lambda: self._write(optimizer, history))
                 if asked:
                     raise Stopped(asked, self._outlook(history)) if self.world.first else Dismissed(128 + asked)
+
+    def _announced(self, tokens: Sequence[int]) -> list[Part]:
+        """The loss of each step, told where there are several, or where one is slow."""
+        if len(self.objective.parts) > 1:
+            say(self.objective.describe(tokens), self.quiet)
+        if self.objective.above and is_offloaded(self.model) and self.window.stop < len(layers_of(self.model)):
+            say("the layers above the window are read from the disk for every micro-batch: this is slow", self.quiet)
+        return self.objective.schedule(tokens)
 
     def _write(self, optimizer: torch.optim.Optimizer, history: History) -> None:
         if self.snapshot is not None:

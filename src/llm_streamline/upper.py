@@ -104,7 +104,8 @@ class Upper:
         sequences, length, _ = state.shape
         size = chunk_positions(sequences, self.model.config.vocab_size)
         wanted = torch.is_grad_enabled() and state.requires_grad
-        total, gradients = torch.zeros((), device=state.device, dtype=torch.float64), []
+        total = torch.zeros((), device=state.device, dtype=torch.promote_types(state.dtype, torch.float32))
+        gradients: list[Tensor] = []
         for start in range(0, length, size):
             cut = slice(start, min(start + size, length))
             chunk = state.detach()[:, cut].requires_grad_(wanted)
@@ -112,7 +113,6 @@ class Upper:
                 loss = piece(chunk, cut) / (sequences * length)
             total += loss.detach()
             gradients += torch.autograd.grad(loss, chunk) if wanted else ()
-        total = total.to(torch.promote_types(state.dtype, torch.float32))
         return _WithGradient.apply(state, total, torch.cat(gradients, dim=1)) if wanted else total
 
 
@@ -130,6 +130,6 @@ class _WithGradient(torch.autograd.Function):
         return loss.clone()
 
     @staticmethod
-    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
         return (outer * gradient).to(gradient.dtype), None, None
