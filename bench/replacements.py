@@ -93,7 +93,9 @@ def measured(work: Workspace, similarity: Any, remembered: Remembered, dense: fl
     if recipe.replace != "none":
         training = shuffled(work.parts.training, recipe.seed)
         module = work.replacement(work.model, plan.replaced())
-        settings = Settings.resolve(recipe, training, work.config.hidden_size, work.memory, False)
+        settings = Settings.resolve(
+            recipe, training, (work.shape.num_layers, work.config.hidden_size), work.memory, False
+        )
         with progress("frozen layers", training.numel()) as advance:
             for ids in (*training.split(settings.batch), *validation.split(settings.batch)):
                 remembered(work.model, plan.window, ids.long())

@@ -13,9 +13,10 @@ import torch
 
 from bench.common import Finding, interleaved, load, random_blocks
 from llm_streamline.forward import run_window
+from llm_streamline.losses import LOSSES
 from llm_streamline.records import Window
 from llm_streamline.replacement import build_replacement
-from llm_streamline.train import LOSSES, Settings, Trainer
+from llm_streamline.train import Settings, Trainer
 
 BATCH = 15  # what the default gives for a million tokens in blocks of 256
 STEPS = 4

@@ -100,3 +100,35 @@ def test_the_table_and_the_json_say_the_same(llama_folder, capsys):
     table = capsys.readouterr().out
     assert all(stage["name"] in table and f"{stage['tokens']:,}" in table for stage in found["stages"])
     assert "held in memory" in table
+
+
+def test_a_loss_of_logits_takes_the_layers_above_and_a_chunk_of_logits(llama_folder):
+    near, far, given = (
+        workspace(llama_folder, batch=2, **changes)
+        for changes in ({}, {"loss": "kl"}, {"loss": "mse:0.5,kl:0.5", "window": "1:4"})
+    )
+    assert [sizes_of(work).above for work in (near, far, given)] == [0, tiny.LAYERS - 3, tiny.LAYERS - 4]
+    assert sizes_of(near).logits == 0 and sizes_of(far).logits == 2 * 32 * tiny.VOCABULARY
+    for offloaded in (False, True):
+        plain, looking = (stages(work, offloaded)["training"].memory for work in (near, far))
+        assert looking >= plain + 32 * sizes_of(far).logits
+    others = [
+        {name: stage.memory for name, stage in stages(work).items() if name != "training"} for work in (near, far)
+    ]
+    assert others[0] == others[1]
+
+
+def test_a_large_vocabulary_does_not_add_all_its_logits(llama_folder):
+    work = workspace(llama_folder, loss="kl", batch=8)
+    work.config.vocab_size = 10**6
+    assert sizes_of(work).logits == 8 * (2**25 // (8 * 10**6)) * 10**6 < 2**25
+
+
+def test_the_default_batch_leaves_room_for_the_layers_above():
+    from llm_streamline.memory import default_batch, layers_above
+
+    blocks, shape, memory = (10**6, 2048), (32, 4096), 2**36
+    near, far = (Recipe(model="m", loss=loss) for loss in ("nmse", "kl"))
+    assert default_batch(blocks, far, shape, memory) < default_batch(blocks, near, shape, memory)
+    assert layers_above(Recipe(model="m", loss="kl", window="21:30"), 32) == 2
+    assert layers_above(Recipe(model="m", loss="kl", replace="none"), 32) == layers_above(near, 32) == 0

@@ -35,6 +35,7 @@ SETUPS = {
     "plain": ("llama", {"batch": 4}),
     "accumulated": ("llama", {"batch": 1, "accumulate": 4}),
     "experts": ("qwen3_moe", {"batch": 2, "accumulate": 2}),
+    "curriculum": ("llama", {"batch": 1, "accumulate": 4, "loss": "mse:0.3,lm:0.3,kl:0.4"}),
 }
 LAUNCHERS = {
     "torchrun": "torch.distributed.run --standalone --nproc-per-node 2",

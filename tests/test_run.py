@@ -280,3 +280,20 @@ def test_a_disk_that_fills_while_saving_leaves_no_model(recipe, tmp_path, monkey
     with pytest.raises(UserError, match="the disk is full"):
         run.compress(recipe(), quiet(tmp_path / "out"))
     assert {path.name for path in (tmp_path / "out").iterdir()} == FILES - {"model", "scores.json", "report.html"}
+
+
+def test_a_curriculum_of_losses_in_a_whole_run(recipe, tmp_path, capsys):
+    wanted = recipe(loss="nmse:0.3,kl:100:0.7", temperature=2.0, batch=2)
+    result = run.compress(wanted, Runtime(output=tmp_path / "out", tasks="none", compute="float32"))
+    assert "the loss is nmse in steps 1 to " in (err := capsys.readouterr().err) and "validation is by kl:100" in err
+    assert result.verification.passed and result.fit.loss == wanted.loss and result.fit.measure == "kl:100"
+    assert result.fit.validation_best < result.fit.validation_before
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "all validations are of the last" in page and "Distillation loss (kl:100) on the validation part" in page
+    assert run.compress(wanted, quiet(tmp_path / "out")) == result
+
+
+def test_more_of_the_likeliest_tokens_than_there_are_is_refused_before_anything_is_measured(recipe, tmp_path):
+    with pytest.raises(UserError, match=r"--loss kl:1000 is over more tokens than the model's 259"):
+        run.compress(recipe(loss="kl:1000"), quiet(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()

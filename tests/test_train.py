@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from llm_streamline.errors import UserError
+from llm_streamline.losses import LOSSES
 from llm_streamline.memory import default_batch
+from llm_streamline.objective import Part
 from llm_streamline.recipe import Recipe
 from llm_streamline.records import Window
 from llm_streamline.replacement import build_replacement
-from llm_streamline.train import LOSSES, Settings, Trainer, learning_rate
+from llm_streamline.train import Settings, Trainer, learning_rate
 from tests import tiny
 
 WINDOW = Window(start=1, stop=4)
@@ -95,7 +97,7 @@ def test_gradients_are_clipped_to_the_asked_norm():
         def zero_grad(self):
             pass
 
-    run.step(Optimizer(), run.passages([tiny.random_ids(2, 16)]), 2, 1e-3)
+    run.step(Optimizer(), run.passages([tiny.random_ids(2, 16)]), 2, 1e-3, Part("nmse"))
     assert norms[0] == pytest.approx(1e-3, rel=1e-3)
 
 
@@ -165,11 +167,11 @@ def test_losses_by_hand():
 def test_open_settings_follow_the_text_and_the_width():
     recipe = Recipe(model="m")
     blocks = torch.zeros(4000, 256, dtype=torch.int32)
-    settings = Settings.resolve(recipe, blocks, 4096, 2**36, autocast=False)
+    settings = Settings.resolve(recipe, blocks, (32, 4096), 2**36, autocast=False)
     assert settings.lr == pytest.approx(2.5e-4) and settings.min_lr == pytest.approx(2.5e-5)
-    assert Settings.resolve(recipe, blocks, 128, 2**36, autocast=False).lr == 1e-3
-    assert default_batch((4000, 256), recipe, 64, 2**36) == 16
-    assert default_batch((100, 256), recipe, 64, 2**36) == 1
-    assert default_batch((10**6, 2048), recipe, 64, 2**36) == 8
-    assert default_batch((4000, 256), Recipe(model="m", accumulate=4), 64, 2**36) == 4
-    assert default_batch((4000, 256), recipe, 4096, 2**33) == 4
+    assert Settings.resolve(recipe, blocks, (32, 128), 2**36, autocast=False).lr == 1e-3
+    assert default_batch((4000, 256), recipe, (32, 64), 2**36) == 16
+    assert default_batch((100, 256), recipe, (32, 64), 2**36) == 1
+    assert default_batch((10**6, 2048), recipe, (32, 64), 2**36) == 8
+    assert default_batch((4000, 256), Recipe(model="m", accumulate=4), (32, 64), 2**36) == 4
+    assert default_batch((4000, 256), recipe, (32, 4096), 2**33) == 4

@@ -175,7 +175,7 @@ class Cached:
         (flow,) = Layerwise(self.model).enter([ids])
         device = self.model.device
         calls = flow.calls[self.window.start : self.window.stop]
-        passage = Passage(entering.to(device), leaving.to(device), calls)
+        passage = Passage(entering.to(device), leaving.to(device), calls, flow.ids)
         self.reading.append(time.perf_counter() - started)
         if len(self.reading) == TRIALS and self.computing:
             self._judge()

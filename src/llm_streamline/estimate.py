@@ -13,10 +13,11 @@ from llm_streamline.checkpoint import context_length
 from llm_streamline.errors import UserError
 from llm_streamline.families import inner_width
 from llm_streamline.layerwise import GROUP_TOKENS
-from llm_streamline.memory import FORWARD_TOKENS, default_batch
+from llm_streamline.memory import FORWARD_TOKENS, default_batch, layers_above
 from llm_streamline.offload import shard_bytes
 from llm_streamline.records import Record
 from llm_streamline.text import CALIBRATION_TOKENS, DEFAULT_TOKENS, VALIDATION_TOKENS, block_length
+from llm_streamline.upper import chunk_positions
 
 if TYPE_CHECKING:
     from llm_streamline.workspace import Workspace
@@ -25,6 +26,7 @@ LIBRARIES = 450 * 10**6  # bytes that torch and its like take in a process that 
 CHECKER = 330 * 10**6  # the same in the process that checks a saved folder, which has run no text
 STATES = 2**25  # of float32 copies while states are compared, of which two are alive
 VALIDATIONS = 6
+LOGIT_COPIES = 8  # of a chunk in float32, while its gradient is taken: measured 7 (bench/logits.py)
 BLAME = {
     "analysis": "a smaller --block",
     "training": "--batch 1, a smaller --block or --replace none",
@@ -46,6 +48,8 @@ class Sizes:
     inner: int
     vocabulary: int
     trained: int  # parameters of the replacement
+    above: int  # frozen layers that the loss looks through, at most
+    logits: int  # made at once for it; 0 where it looks at hidden states alone
     compute_bytes: int
     stored_bytes: int
     saved_bytes: int
@@ -175,9 +179,9 @@ def _training(sizes: Sizes, model: int, offloaded: bool) -> list[Stage]:
     step = sizes.batch * sizes.block
     weights = sizes.trained * 4 * 4  # a weight, its gradient and two moments, in float32
     cast = sizes.trained * 2 if sizes.compute_bytes == 2 else 0
-    backward = step * (14 * sizes.width + 5 * sizes.inner) * 4
+    backward = _kept_for_backward(sizes, step)
     waiting = 2 * _waiting(sizes, max(sizes.training, sizes.validation), offloaded)
-    peak = max(backward + weights, passing(sizes, step, offloaded) + weights)
+    peak = max(backward + weights + _looking_through(sizes, step, offloaded), passing(sizes, step, offloaded) + weights)
     return [
         Stage(
             name="training",
@@ -187,6 +191,26 @@ def _training(sizes: Sizes, model: int, offloaded: bool) -> list[Stage]:
             tokens=sizes.training + VALIDATIONS * sizes.validation,
         )
     ]
+
+
+def _kept_for_backward(sizes: Sizes, tokens: int) -> int:
+    """Bytes of a layer's inner states that its gradients need."""
+    return tokens * (14 * sizes.width + 5 * sizes.inner) * 4
+
+
+def _looking_through(sizes: Sizes, tokens: int, offloaded: bool) -> int:
+    """Bytes for a loss of logits: of the layers above the window, two models' states, and a chunk of logits.
+
+    Layers on the disk are run again on the way back, one at a time with its weights, and keep only what enters them.
+    """
+    if not sizes.logits:
+        return 0
+    state = tokens * sizes.width * sizes.compute_bytes
+    if offloaded:
+        layers = sizes.above * state + (_kept_for_backward(sizes, tokens) + 4 * sizes.layer if sizes.above else 0)
+    else:
+        layers = sizes.above * _kept_for_backward(sizes, tokens)
+    return layers + 3 * state + sizes.logits * LOGIT_COPIES * 4
 
 
 def _assembly(sizes: Sizes, model: int, offloaded: bool, ram: int) -> int:
@@ -216,7 +240,10 @@ def sizes_of(work: Workspace) -> Sizes:
     block = block_length(recipe, context_length(config))
     layer, occupied = max(shape.layers), recipe.occupied
     tokens = (recipe.tokens or DEFAULT_TOKENS) * recipe.epochs
-    blocks = max(1, tokens // block)
+    blocks, vocabulary = max(1, tokens // block), config.vocab_size
+    depth_and_width = (shape.num_layers, config.hidden_size)
+    batch = recipe.batch or default_batch((blocks, block), recipe, depth_and_width, work.memory)
+    looks_through = recipe.objective.above and occupied
     return Sizes(
         total=shape.total,
         layer=layer,
@@ -224,14 +251,16 @@ def sizes_of(work: Workspace) -> Sizes:
         layers=shape.num_layers,
         width=config.hidden_size,
         inner=inner_width(config),
-        vocabulary=config.vocab_size,
+        vocabulary=vocabulary,
         trained=(shape.network or layer) * occupied,
+        above=layers_above(recipe, shape.num_layers),
+        logits=min(chunk_positions(batch, vocabulary), block) * batch * vocabulary if looks_through else 0,
         compute_bytes=work.compute_dtype.itemsize,
         stored_bytes=work.checkpoint_dtype.itemsize,
         saved_bytes=work.dtype.itemsize,
         block=block,
         forward=max(block, FORWARD_TOKENS // block * block),
-        batch=recipe.batch or default_batch((blocks, block), recipe, config.hidden_size, work.memory),
+        batch=batch,
         calibration=recipe.calibration_tokens or CALIBRATION_TOKENS,
         training=tokens if occupied else 0,
         validation=recipe.validation_tokens or VALIDATION_TOKENS,

@@ -37,11 +37,15 @@ class LayerCall:
 
 @dataclass(frozen=True)
 class Passage:
-    """A window's two boundaries on one batch: `entering` and `leaving` are (B, T, D), one call per layer."""
+    """A window's two boundaries on one batch: `entering` and `leaving` are (B, T, D), one call per layer.
+
+    `ids` are the token ids (B, T), on the model's device.
+    """
 
     entering: Tensor
     leaving: Tensor
     calls: list[LayerCall]
+    ids: Tensor
 
 
 def hidden_of(output: Any) -> Tensor:
@@ -115,7 +119,7 @@ def run_window(model: PreTrainedModel, window: Window, input_ids: Tensor) -> Pas
         hooks.enter_context(at_boundary(model, window.stop, stop_forward))
         run_until_stopped(model, input_ids)
     entering, leaving = ends
-    return Passage(entering=entering, leaving=leaving, calls=[call for call in calls if call is not None])
+    return Passage(entering, leaving, [call for call in calls if call is not None], input_ids)
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +34,7 @@ class History:
     steps: int
     track: Track
     keep: Keep = in_memory  # the best weights, until a better one
+    switches: Collection[int] = ()  # steps after which another loss is trained on: no point of the curve mixes two
     step: int = 0
     tokens: int = 0
     lr: float = 0.0
@@ -56,7 +57,7 @@ class History:
         self.lr = lr
         self.pending.append(loss)
         last = self.step == self.steps
-        if last or self.step % max(1, self.steps // CURVE_POINTS) == 0:
+        if last or self.step in self.switches or self.step % max(1, self.steps // CURVE_POINTS) == 0:
             self._point()
         self.catch_up()
 

@@ -104,9 +104,16 @@ class Layerwise:
     @torch.no_grad()
     def logits(self, flow: Flow) -> Tensor:
         """(B, T, V) of a flow at the last boundary, by the model's own norm and head."""
+        return self.head(flow.ids, flow.state)
+
+    def head(self, ids: Tensor, state: Tensor) -> Tensor:
+        """Logits (B, T, V) of a state (B, T, D) at the last boundary; gradients reach the state.
+
+        Norm and head act on each token alone, so that any positions of longer sequences may be given.
+        """
         with self._aside() as layers:
-            layers[-1].state = flow.state
-            return self.model(input_ids=flow.ids, use_cache=False).logits
+            layers[-1].state = state
+            return self.model(input_ids=ids, use_cache=False).logits
 
 
 def grouped(batches: Sequence[Tensor]) -> Iterator[list[Tensor]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 
 from llm_streamline.recipe import Recipe
+from llm_streamline.records import Window
 
 FORWARD_TOKENS = 4096  # of a micro-batch where nothing is trained
 FEWEST_STEPS = 250
@@ -60,14 +61,24 @@ def _read(path: Path) -> int | None:
     return int(words[0]) if words and words[0].isdigit() else None  # 'max' is no limit
 
 
-def default_batch(blocks: tuple[int, int], recipe: Recipe, width: int, memory: int) -> int:
-    """Sequences per micro-batch of training on (N, T) token ids.
+def layers_above(recipe: Recipe, depth: int) -> int:
+    """How many layers a loss looks through, at most: which window it will be is not known where none is given."""
+    if not recipe.objective.above or not recipe.occupied:
+        return 0
+    if recipe.window is not None:
+        return max(0, depth - Window.parse(recipe.window).stop)
+    return max(0, depth - recipe.protect_first - recipe.occupied - 1)
+
+
+def default_batch(blocks: tuple[int, int], recipe: Recipe, shape: tuple[int, int], memory: int) -> int:
+    """Sequences per micro-batch of training on (N, T) token ids, with a model of so many layers and such a width.
 
     At least 250 steps, at most 16k tokens a step, and what a quarter of memory holds.
     """
-    count, block = blocks
+    (count, block), (depth, width) = blocks, shape
     for_steps = count // (FEWEST_STEPS * recipe.accumulate)
     for_tokens = LARGEST_BATCH_TOKENS // block
     # about 64 float32 values of the model's width are alive per token and layer while it trains
-    for_memory = memory // 4 // (block * width * 4 * 64 * (recipe.occupied + 1))
+    layers = recipe.occupied + 1 + layers_above(recipe, depth)
+    for_memory = memory // 4 // (block * width * 4 * 64 * layers)
     return max(1, min(for_steps, for_tokens, for_memory))

@@ -47,6 +47,6 @@ def layer_by_layer(model: PreTrainedModel, window: Window, autocast: bool) -> Pa
                 layers.advance(flows, window.layers())
             while flows:
                 flow = flows.pop(0)  # so that what has been learned from is let go
-                yield Passage(entering.pop(0), flow.state, flow.calls[window.start : window.stop])
+                yield Passage(entering.pop(0), flow.state, flow.calls[window.start : window.stop], flow.ids)
 
     return passages

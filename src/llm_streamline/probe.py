@@ -64,11 +64,17 @@ def _seconds(action: Callable[[], object], device: str) -> float:
 
 
 def timed(estimate: Estimate, sizes: Sizes, rates: Rates) -> Estimate:
-    """With the seconds that the tokens of each stage take, at most: as if every window ended at the last layer."""
+    """With the seconds that the tokens of each stage take, at most: as if every window ended at the last layer.
+
+    A loss of logits takes the teacher through the layers above, too, and the student there and back: twice more.
+    """
     through = rates.forward * sizes.layers
+    validated = VALIDATIONS * sizes.validation
+    above = rates.forward * (sizes.above + (sizes.width * sizes.vocabulary / sizes.layer if sizes.logits else 0))
+    distilled = sizes.training * rates.training + (2 * sizes.training + validated) * above
     spent = {
         "analysis": sizes.calibration * through,
-        "training": (sizes.training + VALIDATIONS * sizes.validation) * through + sizes.training * rates.training,
+        "training": (sizes.training + validated) * through + distilled,
         "scores": 3 * sizes.validation * through,
     }
     stages = [stage.model_copy(update={"seconds": spent.get(stage.name)}) for stage in estimate.stages]

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from llm_streamline.errors import UserError, reason
+from llm_streamline.objective import Objective, check_loss, parse_objective
 from llm_streamline.quantities import Count, Duration, Fraction, Size
 
 
@@ -101,11 +102,14 @@ class Recipe(Schema):
         description="Let the saved model carry code of its own, as ffn and swiglu need: it then loads only with "
         "trust_remote_code=True.",
     )
-    loss: Literal["nmse", "mse"] = Field(
+    loss: Annotated[str, AfterValidator(check_loss)] = Field(
         "nmse",
-        description="Distillation loss on hidden states: nmse divides each token's squared error by its target's "
-        "squared norm; mse is the paper's Eq. 4.",
+        description="Distillation loss. Of the states at the window's end: nmse (each token's squared error over its "
+        "target's squared norm), mse (the paper's Eq. 4), cosine. Of the next-token distributions, through the frozen "
+        "layers above: kl (from the dense model's), kl:100 (over its 100 likeliest tokens), lm (of the text itself). "
+        "Several by their share of the training tokens: mse:0.6,kl:0.4, of which the last is what is validated.",
     )
+    temperature: float = Field(1.0, gt=0, description="With --loss kl: what logits are divided by before softmax.")
     tokens: Count | None = Field(
         None, description="Training tokens, e.g. 250k. [default: 1M, or what the text gives if that is less]"
     )
@@ -165,6 +169,12 @@ class Recipe(Schema):
         return self
 
     @model_validator(mode="after")
+    def _temperature_used(self) -> Recipe:
+        if self.temperature != 1 and all(part.kind != "kl" for part in self.objective.parts):
+            raise ValueError(f"--temperature {self.temperature:g} is for --loss kl, not {self.loss}; leave it out")
+        return self
+
+    @model_validator(mode="after")
     def _custom_code_allowed(self) -> Recipe:
         if self.network and not self.custom_code:
             raise ValueError(
@@ -172,6 +182,10 @@ class Recipe(Schema):
                 "allow it with --custom-code, or use --replace mlp or layer, which load everywhere"
             )
         return self
+
+    @property
+    def objective(self) -> Objective:
+        return parse_objective(self.loss)
 
     @property
     def network(self) -> bool:

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict
 
 from llm_streamline.errors import UserError
 from llm_streamline.files import write_text
+from llm_streamline.objective import parse_objective
 
 Matrix = list[list[float]]
 Measure = Literal["whole", "choice"]  # what an item's PPL is of: query and choice, or the choice alone
@@ -167,7 +168,10 @@ class Check(Record):
 
 
 class Fit(Record):
-    """What training did. `best_step` 0 is the replacement as it started."""
+    """What training did. `best_step` 0 is the replacement as it started.
+
+    Where `loss` is several, the curve is of each in its turn, and every validation of the last.
+    """
 
     loss: str
     steps: int
@@ -189,6 +193,11 @@ class Fit(Record):
     threads: int
     curve: list[Point]
     validation: list[Check]
+
+    @property
+    def measure(self) -> str:
+        """The loss that is validated."""
+        return str(parse_objective(self.loss).measure)
 
 
 class Loss(Record):

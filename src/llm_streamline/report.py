@@ -103,7 +103,7 @@ def summary_lines(plan: LayerPlan, fit: Fit | None, verification: Verification, 
     if fit:
         lines.append(
             f"trained   {fit.trained_parameters:,} parameters on {fit.tokens:,} tokens in {fit.steps} steps; "
-            f"{fit.loss} {fit.validation_before:.5f} -> {fit.validation_best:.5f} (step {fit.best_step})"
+            f"{fit.measure} {fit.validation_before:.5f} -> {fit.validation_best:.5f} (step {fit.best_step})"
         )
     lines.append(
         f"verified  in a fresh process: logits within {verification.logits_error:.1e}, cached = uncached generation, "

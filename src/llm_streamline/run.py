@@ -128,6 +128,7 @@ def check_all(work: Workspace) -> None:
     check_tracker(work.runtime.tracker)
     if work.runtime.cache and (work.recipe.epochs == 1 or work.world.size > 1):
         raise UserError("--cache is for several epochs in one process; give --epochs 2 or more, or leave it out.")
+    work.recipe.objective.check(work.config.vocab_size)
     work.estimate.check(free_space(work.runtime.output))
 
 
@@ -210,7 +211,8 @@ def source_of(work: Workspace, plan: LayerPlan, settings: Settings, folder: RunF
 
 
 def settings_of(work: Workspace, training: Tensor) -> Settings:
-    return Settings.resolve(work.recipe, training, work.config.hidden_size, work.memory, work.bfloat16)
+    shape = (work.shape.num_layers, work.config.hidden_size)
+    return Settings.resolve(work.recipe, training, shape, work.memory, work.bfloat16)
 
 
 def trained_before(folder: RunFolder, snapshot: Snapshot) -> Fit | None:

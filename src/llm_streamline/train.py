@@ -1,7 +1,8 @@
-"""LayerPlan + tokens -> trained replacement (Fit): distillation on hidden states, Eq. 4 of the paper.
+"""LayerPlan + tokens -> trained replacement (Fit): distillation on hidden states, Eq. 4 of the paper, or on logits.
 
-The frozen layers [0, window.stop) run once per batch and nothing above them; gradients exist only in the
-replacement; no hidden state is kept past its batch. A run that was stopped goes on from its last snapshot.
+The frozen layers [0, window.stop) run once per batch, and those above only where a loss looks through them; weights
+have gradients only in the replacement; no hidden state is kept past its batch. A run that was stopped goes on from its
+last snapshot.
 """
 
 from __future__ import annotations
@@ -10,16 +11,22 @@ import math
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llm_streamline.errors import Dismissed, Stopped, UserError, WorkerLost
+from llm_streamline.families import layers_of
 from llm_streamline.forward import Passage
 from llm_streamline.history import History, Track, in_memory
 from llm_streamline.interruption import stop_between_steps
+from llm_streamline.losses import LOSSES
 from llm_streamline.memory import default_batch
+from llm_streamline.objective import Objective, Part, parse_objective
+from llm_streamline.offload import is_offloaded
 from llm_streamline.parallel import ALONE, World, sum_gradients
 from llm_streamline.passages import Passages, passages_of
 from llm_streamline.progress import Advance, progress, say
@@ -27,20 +34,7 @@ from llm_streamline.recipe import Recipe
 from llm_streamline.records import Fit, Window
 from llm_streamline.replacement import ReplacementLayers
 from llm_streamline.snapshot import Snapshot
-
-
-def mse(prediction: Tensor, target: Tensor) -> Tensor:
-    """Eq. 4 as the paper has it: the mean squared error over tokens and width. A few massive activations rule it."""
-    return nn.functional.mse_loss(prediction, target)
-
-
-def nmse(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean over tokens of ||prediction - target||^2 / ||target||^2: every token counts the same."""
-    error = (prediction - target).square().sum(dim=-1)
-    return (error / target.square().sum(dim=-1).clamp_min(1e-12)).mean()
-
-
-LOSSES = {"mse": mse, "nmse": nmse}
+from llm_streamline.upper import Upper
 
 
 @dataclass(frozen=True)
@@ -56,14 +50,15 @@ class Settings:
     warmup: float
     clip: float
     autocast: bool
+    temperature: float = 1.0
 
     @classmethod
-    def resolve(cls, recipe: Recipe, training: Tensor, width: int, memory: int, autocast: bool) -> Settings:
-        """What the recipe leaves open is decided from the text, the model's width and the bytes of memory."""
-        lr, min_lr = rates(recipe, width)
+    def resolve(cls, recipe: Recipe, training: Tensor, shape: tuple[int, int], memory: int, autocast: bool) -> Settings:
+        """What the recipe leaves open is decided from the text, the model's depth and width, and the memory."""
+        lr, min_lr = rates(recipe, shape[1])
         return cls(
             loss=recipe.loss,
-            batch=recipe.batch or default_batch((len(training), training.shape[1]), recipe, width, memory),
+            batch=recipe.batch or default_batch((len(training), training.shape[1]), recipe, shape, memory),
             accumulate=recipe.accumulate,
             lr=lr,
             min_lr=min_lr,
@@ -71,6 +66,7 @@ class Settings:
             warmup=recipe.warmup,
             clip=recipe.clip,
             autocast=autocast,
+            temperature=recipe.temperature,
         )
 
     def continued(self, snapshot: Snapshot) -> Settings:
@@ -118,33 +114,47 @@ class Trainer:
     snapshot: Snapshot | None = None
     source: Passages | None = None  # of the passages, where the model is not simply run
     world: World = ALONE  # whose processes share every step's sequences and hold the same weights
+    objective: Objective = field(init=False)
     _asked: Callable[[], int] = field(default=lambda: 0, init=False)
     _heard: list[float] = field(default_factory=list, init=False)  # what all have said with the last step
+
+    def __post_init__(self) -> None:
+        self.objective = parse_objective(self.settings.loss)
+
+    @cached_property
+    def upper(self) -> Upper:
+        """What is above the window, which only some losses need."""
+        return Upper(self.model, self.window.stop, self.settings.autocast, self.settings.temperature)
 
     def passages(self, batches: Sequence[Tensor]) -> Iterator[Passage]:
         """What crosses the window's boundaries on each micro-batch of token ids (B, T), made when it is asked for."""
         return (self.source or passages_of(self.model, self.window, self.settings.autocast))(batches)
 
-    def loss(self, passage: Passage) -> Tensor:
-        """The distillation loss on one micro-batch."""
+    def loss(self, passage: Passage, part: Part) -> Tensor:
+        """One of the objective's losses on one micro-batch."""
         with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.settings.autocast):
             prediction = self.replacement.run(passage.entering.float(), passage.calls)
-        return LOSSES[self.settings.loss](prediction.float(), passage.leaving.float())
+        if part.above:
+            return self.upper.loss(passage, prediction, part)
+        return LOSSES[part.kind](prediction.float(), passage.leaving.float())
 
     @torch.no_grad()
     def validate(self, blocks: Tensor) -> float:
+        """The objective's last loss on (N, T) token ids, whichever is trained on now: all checks can be compared."""
         passages = self.passages(_split(self.world.share(blocks), self.settings.batch))
-        total = sum(self.loss(one).item() * len(one.entering) for one in passages)
+        total = sum(self.loss(one, self.objective.measure).item() * len(one.entering) for one in passages)
         return float(self.world.sum_(torch.tensor(total, dtype=torch.float64))) / len(blocks)
 
-    def step(self, optimizer: torch.optim.Optimizer, passages: Iterator[Passage], sequences: int, lr: float) -> Tensor:
+    def step(
+        self, optimizer: torch.optim.Optimizer, passages: Iterator[Passage], sequences: int, lr: float, part: Part
+    ) -> Tensor:
         """One optimizer step on this process's share of the next `sequences`; returns the loss of all before it."""
         total, left = torch.zeros((), device=self.model.device), len(self.world.share(range(sequences)))
         while left > 0:
             passage = next(passages)
             left -= len(passage.entering)
             share = len(passage.entering) / sequences  # so that a short last micro-batch weighs what it holds
-            loss = self.loss(passage) * share
+            loss = self.loss(passage, part) * share
             loss.backward()
             total += loss.detach()
         total = self._add_up(total)
@@ -209,19 +219,29 @@ class Trainer:
         self, groups: Sequence[Tensor], optimizer: torch.optim.Optimizer, history: History, advance: Advance
     ) -> None:
         """The steps that are left, with a snapshot where one is due."""
+        parts = self._announced([blocks.numel() for blocks in groups])
+        history.switches = {step for step, (one, other) in enumerate(pairwise(parts), start=1) if one != other}
         left = groups[history.step :]
         own = [self.world.share(blocks) for blocks in left]
         passages = self.passages([ids for blocks in own for ids in _split(blocks, self.settings.batch)])
         with stop_between_steps() as self._asked:
             for blocks in left:
-                lr = learning_rate(history.step, len(groups), self.settings)
-                history.add(blocks.numel(), lr, self.step(optimizer, passages, len(blocks), lr))
+                lr, part = learning_rate(history.step, len(groups), self.settings), parts[history.step]
+                history.add(blocks.numel(), lr, self.step(optimizer, passages, len(blocks), lr, part))
                 advance(blocks.numel(), history.note())
                 asked, due = self._said(last=history.step == history.steps)
                 if asked or due:
                     self.world.alone(lambda: self._write(optimizer, history))
                 if asked:
                     raise Stopped(asked, self._outlook(history)) if self.world.first else Dismissed(128 + asked)
+
+    def _announced(self, tokens: Sequence[int]) -> list[Part]:
+        """The loss of each step, told where there are several, or where one is slow."""
+        if len(self.objective.parts) > 1:
+            say(self.objective.describe(tokens), self.quiet)
+        if self.objective.above and is_offloaded(self.model) and self.window.stop < len(layers_of(self.model)):
+            say("the layers above the window are read from the disk for every micro-batch: this is slow", self.quiet)
+        return self.objective.schedule(tokens)
 
     def _write(self, optimizer: torch.optim.Optimizer, history: History) -> None:
         if self.snapshot is not None:

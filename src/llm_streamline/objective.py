@@ -1,0 +1,120 @@
+"""What a replacement is trained to lower: one loss, or a curriculum of several by their share of the training tokens.
+
+    loss       = part | part ":" share *("," part ":" share)
+    part       = "nmse" | "mse" | "cosine" | "kl" | "kl:" K | "lm"
+    share, K   = a number above 0 and below 1; a whole number of 2 or more. All shares add up to 1.
+
+Nothing here needs torch, so that a recipe can be read without it. `losses.py` computes the losses.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import accumulate, pairwise
+
+from llm_streamline.errors import UserError
+
+STATES = ("nmse", "mse", "cosine")  # of the hidden states at the window's end
+ABOVE = ("kl", "lm")  # of the logits, through the frozen layers above the window
+WHOLE = Fraction(1)
+_SHARE = re.compile(r"(.+):(0?\.\d+)")
+_TOP = re.compile(r"kl:(\d+)")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One loss: its kind, and for `kl:K` how many of the dense model's likeliest tokens it looks at (0: all)."""
+
+    kind: str
+    top: int = 0
+
+    @property
+    def above(self) -> bool:
+        """Whether it needs the layers above the window."""
+        return self.kind in ABOVE
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.top}" if self.top else self.kind
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The losses in their order, with the share of the training tokens at which each ends."""
+
+    parts: tuple[Part, ...]
+    ends: tuple[Fraction, ...] = (WHOLE,)
+
+    def at(self, done: int, total: int) -> Part:
+        """The loss of the next step, after `done` of `total` training tokens."""
+        return next(part for part, end in zip(self.parts, self.ends, strict=True) if done < end * total)
+
+    @property
+    def measure(self) -> Part:
+        """The last loss: what training is to end with, and so what every validation is measured by."""
+        return self.parts[-1]
+
+    @property
+    def above(self) -> bool:
+        return any(part.above for part in self.parts)
+
+    def schedule(self, tokens: Sequence[int]) -> list[Part]:
+        """The loss of each step, of which the number of tokens is given."""
+        *before, total = accumulate(tokens, initial=0)
+        return [self.at(done, total) for done in before]
+
+    def describe(self, tokens: Sequence[int]) -> str:
+        """Which steps each loss has, for people."""
+        *before, total = accumulate(tokens, initial=0)
+        ends = [sum(done < end * total for done in before) for end in self.ends]
+        spans = [_span(*span) for span in pairwise([0, *ends])]
+        said = ", ".join(f"{part} {span}" for part, span in zip(self.parts, spans, strict=True))
+        return f"the loss is {said}; every validation is by {self.measure}"
+
+    def check(self, vocabulary: int) -> None:
+        """Errors: UserError for a kl:K of more tokens than there are."""
+        for part in self.parts:
+            if part.top > vocabulary:
+                raise UserError(f"--loss {part} is over more tokens than the model's {vocabulary}; give kl, or fewer.")
+
+
+def _span(begin: int, end: int) -> str:
+    return f"in steps {begin + 1} to {end}" if end > begin else "in no step, as its share is too small"
+
+
+def parse_objective(text: str) -> Objective:
+    """'mse:0.6,kl:0.4' -> its parts. Errors: ValueError, which says what is wrong."""
+    pieces = text.split(",")
+    if len(pieces) == 1:
+        if _SHARE.fullmatch(text):
+            raise ValueError("a share is for one of several losses; write the loss alone")
+        return Objective((_part(text),))
+    parts, ends = [], [Fraction(0)]
+    for piece in pieces:
+        match = _SHARE.fullmatch(piece)
+        if not match or not Fraction(match[2]):
+            raise ValueError(f"{piece!r} has no share between 0 and 1; write for example {piece or 'kl'}:0.5")
+        parts.append(_part(match[1]))
+        ends.append(ends[-1] + Fraction(match[2]))
+    if ends[-1] != WHOLE:
+        raise ValueError(f"the shares add up to {float(ends[-1]):g}; they have to add up to 1")
+    return Objective(tuple(parts), tuple(ends[1:]))
+
+
+def _part(text: str) -> Part:
+    if text in (*STATES, *ABOVE):
+        return Part(text)
+    match = _TOP.fullmatch(text)
+    if not match:
+        raise ValueError(f"{text!r} is no loss; there are {', '.join((*STATES, *ABOVE))} and kl:100")
+    if int(match[1]) < 2:
+        raise ValueError(f"{text} compares fewer than two tokens; write kl:2 or more, or kl for all")
+    return Part("kl", int(match[1]))
+
+
+def check_loss(text: str) -> str:
+    """Errors: ValueError for what is no loss."""
+    parse_objective(text)
+    return text
