@@ -162,8 +162,9 @@ def substituted(model: PreTrainedModel, window: Window, replacement: Sequence[nn
 
 @contextmanager
 def mlp_outputs(model: PreTrainedModel, layer: int) -> Iterator[list[Tensor]]:
-    """What the MLP of `layer` adds to the stream, (B, T, D) appended by every forward that passes it.
+    """What the MLP of `layer` adds to the stream, appended by every forward that passes it.
 
+    (B, T, D), or (B * T, D) in families whose layers flatten their tokens for the MLP.
     Errors: UserError for a family in which that is not the output of any module.
     """
     outputs: list[Tensor] = []
