@@ -263,7 +263,8 @@ def known_families() -> list[dict[str, str]]:
 
 def _proof(family: Family) -> str:
     refused = "; ".join(f"not with {option}, as {why}" for option, why in family.refused)
-    return "passes the checklist" + (f"; {refused}" if refused else "")
+    folding = "" if family.down else "no --replace linear, as a norm follows the MLP's output"
+    return "; ".join(filter(None, ("passes the checklist", refused, folding)))
 
 
 def never_identity(config: PretrainedConfig) -> bool:
