@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "llm_streamline"
 MODULES = sorted(path for path in SOURCE.rglob("*.py"))
 PRODUCT = [path for path in MODULES if "demo" not in path.relative_to(SOURCE).parts]
-STAGES = {"analyze", "choose", "train", "assemble", "scoring", "report", "figures", "page"}
+STAGES = {"analyze", "choose", "train", "linear", "assemble", "scoring", "report", "figures", "page"}
 CONDUCTORS = {"run", "preview", "cli", "demonstration", "__init__", "__main__"}
 FAMILY_NAMES = re.compile(
     r"\b(llama|opt|mistral|mixtral|qwen\w*|gemma\w*|phi3?|gpt2|gpt_neox?|bloom|falcon|olmo\w*|granite|starcoder\w*|smollm\w*|"
@@ -94,7 +94,7 @@ def test_every_module_has_its_tests():
         "quantities": "recipe",
     }
     elsewhere |= {"passages": "train", "history": "train", "interruption": "snapshot"}
-    elsewhere |= {"tracking": "run", "losses": "objective"}
+    elsewhere |= {"tracking": "run", "losses": "objective", "folding": "linear"}
     elsewhere |= {"charts": "page", "verdict": "page"}
     elsewhere |= {"workspace": "run", "checkpoint": "cli", "records": "choose", "errors": "cli"}
     elsewhere |= {

@@ -20,10 +20,11 @@ from llm_streamline.analyze import analyze
 from llm_streamline.checkpoint import Source, load_model
 from llm_streamline.errors import Dismissed, Stopped, StreamlineError, UserError
 from llm_streamline.files import sha256
+from llm_streamline.linear import Reading, solve_window
 from llm_streamline.lock import run_lock
 from llm_streamline.parallel import ALONE, World
 from llm_streamline.recipe import Recipe, Runtime
-from llm_streamline.records import Similarity
+from llm_streamline.records import Similarity, Window
 from llm_streamline.snapshot import Snapshot
 from llm_streamline.workspace import MADE, RunFolder, Workspace
 from tests import tiny
@@ -88,6 +89,14 @@ def measured(world: World, model=None) -> list[list[list[float]]]:
     return [getattr(found, name) for name in SIMILARITY]
 
 
+def solved(world: World) -> list[list[float]]:
+    model, reading = tiny.make_model("llama"), Reading(True, "nmse", 2)
+    mapping, fit = solve_window(
+        model, Window(start=2, stop=4), TRAINING, VALIDATION[:1], reading, world
+    )  # one has none
+    return [*mapping.tolist(), [fit.tokens, fit.unexplained, fit.validation_after]]
+
+
 def refused(act) -> str:
     try:
         act()
@@ -133,6 +142,7 @@ def main(folder: str) -> None:
             "similarity": measured(world),
             "from the disk": measured(world, load_model(Source(folder), torch.float32, offload=Path(folder) / "none")),
             "fits": {key: trained(world, *setup) for key, setup in SETUPS.items()},
+            "solved": solved(world),
             "led": world.led(lambda: f"by {world.rank}"),
             "refused": [refused(lambda: world.led(lambda: refuse_in(world, 0)))]
             + [refused(lambda rank=rank: world.attempt(lambda: refuse_in(world, rank))) for rank in range(2)],
@@ -157,6 +167,13 @@ def test_two_processes_measure_what_one_does(pair):
     for found in pair:
         torch.testing.assert_close(torch.tensor(found["similarity"], dtype=torch.float64), one, rtol=0, atol=1e-12)
         assert found["from the disk"] == found["similarity"]
+
+
+def test_two_processes_solve_for_the_map_that_one_does(pair):
+    one = solved(ALONE)
+    for found in pair:
+        for wanted, row in zip(one, found["solved"], strict=True):
+            assert row == pytest.approx(wanted, rel=1e-6, abs=1e-9)
 
 
 @pytest.mark.parametrize("setup", SETUPS)

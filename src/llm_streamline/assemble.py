@@ -21,6 +21,7 @@ from llm_streamline.custom_code import write_custom_code
 from llm_streamline.errors import StreamlineError, VerificationError
 from llm_streamline.families import layers_of, layers_prefix, sliced_config, sliding_window
 from llm_streamline.files import atomic
+from llm_streamline.folding import FoldedLayer, check_fold
 from llm_streamline.forward import returned_values, substituted
 from llm_streamline.memory import memory_limit
 from llm_streamline.networks import NetworkLayer, install
@@ -59,16 +60,20 @@ def assemble(parts: Parts, dtype: torch.dtype, prompts: Tensor, manifest: Manife
     Args: prompts: token ids (N, T) to check with. manifest: what lies beside the weights; tensor counts and the
         verification are filled in here. Errors: VerificationError; nothing is left behind.
     """
+    prompts, limits = _prompts(parts, prompts)
+    limits += _fold_limits(parts, prompts, dtype)
     parts.replacement.to(dtype).float()  # what is checked is what is saved
     with atomic(target) as folder:
         folder.mkdir()
         for notice in parts.notices:
             shutil.copyfile(notice, folder / notice.name)
-        limits = _write_oracle(parts, prompts, folder)
+        with substituted(parts.source, parts.plan.rewritten, list(parts.replacement)):
+            record_oracle(parts.source, prompts, folder)
         tensors = _write_model(parts, dtype, folder)
         manifest = manifest.model_copy(update={"tensors": tensors, "limits": limits, "weights": weight_hashes(folder)})
         manifest.write(folder / MANIFEST)
-        _write_json(folder / "layer-map.json", {"layers": manifest.layer_map})
+        changed = {} if parts.plan.folded is None else {"changed": [parts.plan.folded]}
+        _write_json(folder / "layer-map.json", {"layers": manifest.layer_map, **changed})
         verification = verify(folder, True, parts.memory)  # trusting what was written here, a moment ago
         if not verification.passed:
             raise VerificationError(f"the assembled model is not published: {'; '.join(verification.problems)}.")
@@ -78,14 +83,28 @@ def assemble(parts: Parts, dtype: torch.dtype, prompts: Tensor, manifest: Manife
     return verification
 
 
-def _write_oracle(parts: Parts, prompts: Tensor, folder: Path) -> list[str]:
+def _prompts(parts: Parts, prompts: Tensor) -> tuple[Tensor, list[str]]:
+    """Token ids (P, T) to check with, and what they limit the claim to."""
     length, limits = prompt_length(parts.source.config, sliding_window(parts.source.config))
     length = min(length, prompts.numel())
     count = min(PROMPTS, prompts.numel() // length)
-    prompts = prompts.reshape(-1)[: count * length].reshape(count, length)
-    with substituted(parts.source, parts.plan.window, list(parts.replacement)):
-        record_oracle(parts.source, prompts, folder)
-    return limits
+    return prompts.reshape(-1)[: count * length].reshape(count, length), limits
+
+
+def _fold_limits(parts: Parts, prompts: Tensor, dtype: torch.dtype) -> list[str]:
+    """Check that a folded map is the unfolded one, before rounding; the oracle then has the rounded weights.
+
+    An unfolded map cannot be held against weights that were rounded after folding: that alone moves logits by more
+    than the tolerance in all but float32. Errors: VerificationError.
+    """
+    if not isinstance(parts.replacement, FoldedLayer):
+        return []
+    error = check_fold(parts.source, parts.plan, parts.replacement, prompts)
+    name = str(dtype).removeprefix("torch.")
+    return [
+        f"the folded map was held against the unfolded one in float32 (logits within {error:.1e}), and the saved model "
+        f"against the folded weights rounded to {name}"
+    ]
 
 
 def _write_model(parts: Parts, dtype: torch.dtype, folder: Path) -> dict[str, int]:
@@ -152,7 +171,8 @@ def _moved_weights(parts: Parts, sources: list[int]) -> tuple[dict[str, Tensor],
         elif (old := int(number)) not in new_numbers:
             counts["removed"] += 1
         elif old in replaced:
-            counts["replaced"] += 1
+            untouched = isinstance(parts.replacement, FoldedLayer) and rest not in parts.replacement.changed
+            counts["kept" if untouched else "replaced"] += 1
         else:
             counts["kept" if new_numbers[old] == old else "renamed"] += 1
             weights[f"{prefix}{new_numbers[old]}.{rest}"] = value

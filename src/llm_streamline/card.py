@@ -10,7 +10,7 @@ from llm_streamline import findings, tables, verdict
 from llm_streamline.comparison import Unit, is_share, saved_of, units
 from llm_streamline.evaluation import Evaluation
 from llm_streamline.files import write_text
-from llm_streamline.records import LayerPlan, Manifest, Scores
+from llm_streamline.records import LayerPlan, LinearFit, Manifest, Scores
 
 CARD = "README.md"
 TEMPLATES = Path(__file__).parent / "templates"
@@ -108,6 +108,8 @@ def card_text(manifest: Manifest, evaluation: Evaluation | None = None) -> str:
         name=_plain(Path(plan.model).name),
         source=_plain(plan.model),
         removed=verdict.removed(plan),
+        hooked=verdict.hooked(plan),
+        solved=verdict.solved(manifest.fit) if isinstance(manifest.fit, LinearFit) else None,
         judged=verdict.judge(plan, scores) if scores else None,
         rows=score_rows(plan, scores),
         notes=verdict.notes(plan, manifest.fit, scores),

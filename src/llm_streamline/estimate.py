@@ -15,7 +15,7 @@ from llm_streamline.families import inner_width
 from llm_streamline.layerwise import GROUP_TOKENS
 from llm_streamline.memory import FORWARD_TOKENS, default_batch, layers_above
 from llm_streamline.offload import shard_bytes
-from llm_streamline.records import Record
+from llm_streamline.records import FOLDED, Record
 from llm_streamline.text import CALIBRATION_TOKENS, DEFAULT_TOKENS, VALIDATION_TOKENS, block_length
 from llm_streamline.upper import chunk_positions
 
@@ -29,6 +29,7 @@ VALIDATIONS = 6
 LOGIT_COPIES = 8  # of a chunk in float32, while its gradient is taken: measured 7 (bench/logits.py)
 BLAME = {
     "analysis": "a smaller --block",
+    "closed form": "a smaller --block or --replace layer",
     "training": "--batch 1, a smaller --block or --replace none",
     "assembly": "--compute bfloat16, or a machine with more",
     "verification": "a machine with more",
@@ -47,7 +48,8 @@ class Sizes:
     width: int
     inner: int
     vocabulary: int
-    trained: int  # parameters of the replacement
+    trained: int  # parameters of the replacement, or of the layer that a map is folded into
+    solved: bool  # whether it is had in closed form
     above: int  # frozen layers that the loss looks through, at most
     logits: int  # made at once for it; 0 where it looks at hidden states alone
     compute_bytes: int
@@ -176,6 +178,8 @@ def passing(sizes: Sizes, tokens: int, offloaded: bool) -> int:
 def _training(sizes: Sizes, model: int, offloaded: bool) -> list[Stage]:
     if not sizes.trained:
         return []
+    if sizes.solved:
+        return [_closed_form(sizes, model, offloaded)]
     step = sizes.batch * sizes.block
     weights = sizes.trained * 4 * 4  # a weight, its gradient and two moments, in float32
     cast = sizes.trained * 2 if sizes.compute_bytes == 2 else 0
@@ -211,6 +215,21 @@ def _looking_through(sizes: Sizes, tokens: int, offloaded: bool) -> int:
     else:
         layers = sizes.above * _kept_for_backward(sizes, tokens)
     return layers + 3 * state + sizes.logits * LOGIT_COPIES * 4
+
+
+def _closed_form(sizes: Sizes, model: int, offloaded: bool) -> Stage:
+    """In float64: two sums of products of each part of the text, what solves them, and a micro-batch's states."""
+    tokens = max(sizes.block, min(sizes.forward, sizes.training))
+    waiting = 2 * _waiting(sizes, max(sizes.training, sizes.validation), offloaded)
+    states = (4 * 8 + 3 * sizes.compute_bytes) * tokens * sizes.width
+    solving = 10 * 8 * sizes.width**2
+    return Stage(
+        name="closed form",
+        on_device=True,
+        memory=model + waiting + max(passing(sizes, tokens, offloaded), states) + solving,
+        disk=4 * sizes.width**2,
+        tokens=sizes.training + sizes.validation,
+    )
 
 
 def _assembly(sizes: Sizes, model: int, offloaded: bool, ram: int) -> int:
@@ -252,7 +271,8 @@ def sizes_of(work: Workspace) -> Sizes:
         width=config.hidden_size,
         inner=inner_width(config),
         vocabulary=vocabulary,
-        trained=(shape.network or layer) * occupied,
+        trained=(shape.network or layer) * (1 if recipe.replace == FOLDED else occupied),
+        solved=recipe.solved,
         above=layers_above(recipe, shape.num_layers),
         logits=min(chunk_positions(batch, vocabulary), block) * batch * vocabulary if looks_through else 0,
         compute_bytes=work.compute_dtype.itemsize,
@@ -262,7 +282,7 @@ def sizes_of(work: Workspace) -> Sizes:
         forward=max(block, FORWARD_TOKENS // block * block),
         batch=batch,
         calibration=recipe.calibration_tokens or CALIBRATION_TOKENS,
-        training=tokens if occupied else 0,
+        training=0 if recipe.replace == "none" else tokens,
         validation=recipe.validation_tokens or VALIDATION_TOKENS,
         ram=work.ram,
     )

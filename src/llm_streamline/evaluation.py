@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field
 
 from llm_streamline.recipe import Count, Schema, as_several
-from llm_streamline.records import Fit, LayerPlan, Record, Scores, Stability, Verification
+from llm_streamline.records import Fitted, LayerPlan, Record, Scores, Stability, Verification
 
 Interval = tuple[float, float]
 EVALUATION = "evaluation.json"
@@ -248,7 +248,7 @@ class Result(Record):
     """What `compress` hands back; every part of it also lies in the run folder. No evaluation where none was asked."""
 
     plan: LayerPlan
-    fit: Fit | None
+    fit: Fitted
     scores: Scores
     verification: Verification
     model: str

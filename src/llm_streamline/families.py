@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.pytorch_utils import Conv1D
 
 from llm_streamline.errors import UserError
 
@@ -29,6 +30,8 @@ class Family:
     layers: str  # path of the list of decoder layers inside the causal LM
     attention_output: str  # within a layer: the projection whose zero weight and bias silence attention
     mlp: tuple[str, ...]  # within a layer: what can still act then; names that an option leaves out are ignored
+    down: tuple[str, ...] = ("mlp.down_proj",)  # within a layer: the MLP's last projections; none if a norm follows
+    added: str = "mlp"  # within a layer: the module whose output is what the MLP adds to the stream
     refused: tuple[tuple[str, str], ...] = ()  # options that must be off, and why
     changes: Callable[[Changes], Changes] | None = None  # from the sliced config keys to more of them
 
@@ -40,6 +43,7 @@ def _attention_types(sliced: Changes) -> Changes:
 
 _PLAIN = ("model.layers", "self_attn.o_proj", ("post_attention_layernorm", "mlp"))
 _SANDWICH = ("model.layers", "self_attn.o_proj", ("pre_feedforward_layernorm", "mlp", "post_feedforward_layernorm"))
+_DENSE_4H = ("mlp.dense_4h_to_h",)
 _BOTH_WAYS = (("use_bidirectional_attention", "its tokens see later ones"),)
 _GPT2_OPTIONS = (
     ("scale_attn_by_inverse_layer_idx", "its attention is scaled by the layer's number"),
@@ -54,38 +58,50 @@ FAMILIES = {
         Family("mistral", *_PLAIN),
         Family("qwen2", *_PLAIN),
         Family("qwen3", *_PLAIN),
-        Family("gemma2", *_SANDWICH, refused=_BOTH_WAYS),
-        Family("gemma3_text", *_SANDWICH, refused=_BOTH_WAYS),
+        Family("gemma2", *_SANDWICH, down=(), refused=_BOTH_WAYS),
+        Family("gemma3_text", *_SANDWICH, down=(), refused=_BOTH_WAYS),
         Family("phi3", *_PLAIN),
-        Family("phi", "model.layers", "self_attn.dense", ("input_layernorm", "mlp")),
+        Family("phi", "model.layers", "self_attn.dense", ("input_layernorm", "mlp"), down=("mlp.fc2",)),
         Family(
             "opt",
             "model.decoder.layers",
             "self_attn.out_proj",
             ("self_attn_layer_norm", "fc1", "fc2", "final_layer_norm"),
+            down=("fc2",),
+            added="fc2",
         ),
-        Family("gpt2", "transformer.h", "attn.c_proj", ("ln_2", "mlp"), refused=_GPT2_OPTIONS),
-        Family("gpt_neox", "gpt_neox.layers", "attention.dense", ("post_attention_layernorm", "mlp")),
-        Family("gpt_neo", "transformer.h", "attn.attention.out_proj", ("ln_2", "mlp"), changes=_attention_types),
+        Family("gpt2", "transformer.h", "attn.c_proj", ("ln_2", "mlp"), ("mlp.c_proj",), refused=_GPT2_OPTIONS),
+        Family("gpt_neox", "gpt_neox.layers", "attention.dense", ("post_attention_layernorm", "mlp"), _DENSE_4H),
+        Family(
+            "gpt_neo",
+            "transformer.h",
+            "attn.attention.out_proj",
+            ("ln_2", "mlp"),
+            ("mlp.c_proj",),
+            changes=_attention_types,
+        ),
         Family(
             "bloom",
             "transformer.h",
             "self_attention.dense",
             ("input_layernorm", "post_attention_layernorm", "mlp"),
+            _DENSE_4H,
+            added=_DENSE_4H[0],  # its mlp module returns the sum with the stream
         ),
         Family(
             "falcon",
             "transformer.h",
             "self_attention.dense",
             ("input_layernorm", "ln_mlp", "post_attention_layernorm", "mlp"),
+            _DENSE_4H,
         ),
-        Family("olmo2", "model.layers", "self_attn.o_proj", ("mlp", "post_feedforward_layernorm")),
+        Family("olmo2", "model.layers", "self_attn.o_proj", ("mlp", "post_feedforward_layernorm"), down=()),
         Family("granite", *_PLAIN),
-        Family("starcoder2", *_PLAIN),
+        Family("starcoder2", *_PLAIN, down=("mlp.c_proj",)),
         Family("smollm3", *_PLAIN),
         Family("cohere2", "model.layers", "self_attn.o_proj", ("input_layernorm", "mlp")),
-        Family("mixtral", *_PLAIN),
-        Family("qwen3_moe", *_PLAIN),
+        Family("mixtral", *_PLAIN, down=("mlp.experts.down_proj",)),
+        Family("qwen3_moe", *_PLAIN, down=("mlp.down_proj", "mlp.experts.down_proj")),
     )
 }
 
@@ -113,6 +129,7 @@ LAYER_NUMBER_KEYS = ("mlp_only_layers",)  # lists of layer numbers
 THRESHOLD_KEYS = ("first_k_dense_replace", "max_window_layers")  # layers below the number differ from those above
 # config keys and values with which layers normalise the sum they return: none of them can be the identity
 SUM_NORMALISED = {"do_layer_norm_before": False, "apply_residual_connection_post_layernorm": True}
+NORM_AFTER_MLP = {"do_layer_norm_before": False}  # as above, and the sum's norm comes after the MLP
 INNER_WIDTH_KEYS = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner")
 
 
@@ -246,7 +263,8 @@ def known_families() -> list[dict[str, str]]:
 
 def _proof(family: Family) -> str:
     refused = "; ".join(f"not with {option}, as {why}" for option, why in family.refused)
-    return "passes the checklist" + (f"; {refused}" if refused else "")
+    folding = "" if family.down else "no --replace linear, as a norm follows the MLP's output"
+    return "; ".join(filter(None, ("passes the checklist", refused, folding)))
 
 
 def never_identity(config: PretrainedConfig) -> bool:
@@ -258,3 +276,36 @@ def inner_width(config: PretrainedConfig) -> int:
     """The width inside the model's own MLP; four times its width where the configuration does not say."""
     given = (getattr(config, key, None) for key in INNER_WIDTH_KEYS)
     return next((width for width in given if isinstance(width, int)), 4 * config.hidden_size)
+
+
+def mlp_output(config: PretrainedConfig) -> tuple[str, float]:
+    """Within a layer, the module whose output, times the number, is what the MLP adds to the stream.
+
+    Errors: UserError where the MLP's last projection does not decide that, so that no map can be folded into it.
+    """
+    family, why = family_of(config), None
+    if not family.down or any(getattr(config, key, None) is value for key, value in NORM_AFTER_MLP.items()):
+        why = "a norm follows the MLP's output"
+    elif getattr(config, "slow_but_exact", False) and getattr(config, "pretraining_tp", 1) > 1:
+        why = "its projections are computed in slices (slow_but_exact)"
+    if why:
+        raise UserError(
+            f"--replace linear folds a map into an MLP's output projection, and in this {config.model_type!r} {why}; "
+            "use --replace layer, none, or linear:free."
+        )
+    return family.added, float(getattr(config, "residual_multiplier", 1.0))
+
+
+def output_weights(layer: nn.Module, config: PretrainedConfig) -> dict[str, int]:
+    """The layer's state-dict keys of its MLP's output projections, each with the axis that counts the outputs.
+
+    A mixture has one weight (E, outputs, inputs) for its E experts.
+    """
+    modules, parameters = dict(layer.named_modules()), dict(layer.named_parameters())
+    found: dict[str, int] = {}
+    for name in family_of(config).down:
+        if name in parameters:
+            found[name] = 1
+        for own, _ in modules[name].named_parameters() if name in modules else ():
+            found[f"{name}.{own}"] = int(own == "weight" and isinstance(modules[name], Conv1D))
+    return found

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from llm_streamline.families import layers_of
+from llm_streamline.families import layers_of, mlp_output
 from llm_streamline.records import Window
 
 
@@ -162,3 +162,42 @@ def substituted(model: PreTrainedModel, window: Window, replacement: Sequence[nn
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def mlp_outputs(model: PreTrainedModel, layer: int) -> Iterator[list[Tensor]]:
+    """What the MLP of `layer` adds to the stream, appended by every forward that passes it.
+
+    (B, T, D), or (B * T, D) in families whose layers flatten their tokens for the MLP.
+    Errors: UserError for a family in which that is not the output of any module.
+    """
+    outputs: list[Tensor] = []
+    name, scale = mlp_output(model.config)
+
+    def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        outputs.append(hidden_of(output) * scale)  # a copy: some families add to what they were given, in place
+
+    handle = layers_of(model)[layer].get_submodule(name).register_forward_hook(hook)
+    try:
+        yield outputs
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def mlp_mapped(model: PreTrainedModel, layer: int, mapping: Tensor) -> Iterator[None]:
+    """The model with what the MLP of `layer` adds mapped by (D, D): row vectors m become m @ mapping, in float32.
+
+    Nothing is folded: this is what a folded map is checked against. Errors: as `mlp_outputs`.
+    """
+
+    def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
+        hidden = hidden_of(output)
+        mapped = (hidden.float() @ mapping.float().to(hidden.device)).to(hidden.dtype)
+        return (mapped, *output[1:]) if isinstance(output, tuple) else mapped
+
+    handle = layers_of(model)[layer].get_submodule(mlp_output(model.config)[0]).register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -6,10 +6,13 @@ adds to its input; ReplaceMe, arXiv 2505.02819, with X the output of the MLP bel
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from llm_streamline.parallel import World
 
 RIDGE = 1e-6  # of the mean square of a coordinate of x
 
@@ -37,17 +40,28 @@ class Moments:
         self.yy += float(each.sum() if weight is None else (each * weight.flatten().double()).sum())
         self.tokens += len(x)
 
+    def add_up(self, world: World) -> None:
+        """The sums of all processes."""
+        numbers = world.sum_(torch.tensor([self.yy, float(self.tokens)], dtype=torch.float64))
+        self.yy, self.tokens = float(numbers[0]), int(numbers[1])
+        world.sum_(self.xx)
+        world.sum_(self.xy)
+
     def solve(self, ridge: float = RIDGE) -> Tensor:
         """(D, E) float64: the map with the least squared error of x @ map against y, plus the ridge's penalty.
 
         A stream that spans fewer than D directions gives a finite map too, which is small where nothing was seen.
         """
-        strength = ridge * float(self.xx.diagonal().mean())
-        penalised = self.xx + max(strength, torch.finfo(torch.float64).tiny) * torch.eye(
-            len(self.xx), dtype=torch.float64
-        )
-        values, vectors = torch.linalg.eigh(penalised)
-        return vectors @ ((vectors.T @ self.xy) / values.clamp_min(strength or 1.0)[:, None])
+        ((_, mapping),) = self.solutions([ridge])
+        return mapping
+
+    def solutions(self, ridges: Sequence[float]) -> Iterator[tuple[float, Tensor]]:
+        """Each ridge with its map, as `solve` gives it; one eigendecomposition serves all."""
+        values, vectors = torch.linalg.eigh(self.xx)
+        rotated, mean = vectors.T @ self.xy, float(self.xx.diagonal().mean())
+        for ridge in ridges:
+            strength = ridge * mean or 1.0  # no x at all: any number divides its zeros
+            yield ridge, vectors @ (rotated / (values.clamp_min(0) + strength)[:, None])
 
     def unexplained(self, mapping: Tensor) -> float:
         """The share of y's square that x @ mapping leaves, 0 where there is none; (D, E) float64."""

@@ -1,4 +1,4 @@
-"""The paper's FFN and SwiGLU networks in the place of a decoder layer, and how a model gets one.
+"""The paper's FFN and SwiGLU networks, or a linear map, in the place of a decoder layer, and how a model gets one.
 
 This file needs torch alone: a copy of it travels in every model folder that uses one of them.
 """
@@ -36,7 +36,20 @@ class GatedFeedForward(nn.Module):
         return self.down_proj(nn.functional.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
 
 
-NETWORKS: dict[str, type[nn.Module]] = {"ffn": FeedForward, "swiglu": GatedFeedForward}
+class LinearMap(nn.Linear):
+    """x + x M without a bias, for M of the weight's transpose: the identity until it is given one."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__(width, width, bias=False)
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden + super().forward(hidden)
+
+
+NETWORKS: dict[str, type[nn.Module]] = {"ffn": FeedForward, "swiglu": GatedFeedForward, "linear": LinearMap}
 
 
 class NetworkLayer(nn.Module):

@@ -17,7 +17,7 @@ from llm_streamline.comparison import compared, saved_of, units
 from llm_streamline.evaluation import EVALUATION, Evaluation
 from llm_streamline.files import write_text
 from llm_streamline.oracle import MANIFEST
-from llm_streamline.records import LayerPlan, Manifest, Scores, Similarity
+from llm_streamline.records import Fit, LayerPlan, LinearFit, Manifest, Scores, Similarity
 
 PAGE = "report.html"
 _PARTS = {
@@ -54,7 +54,9 @@ def render(manifest: Manifest, similarity: Similarity, recipe: str, found: Evalu
         name=Path(plan.model).name or plan.model,
         m=manifest,
         plan=plan,
-        fit=fit,
+        fit=fit if isinstance(fit, Fit) else None,
+        solved=verdict.solved(fit) if isinstance(fit, LinearFit) else None,
+        hooked=verdict.hooked(plan),
         scores=scores,
         column=accuracy_column(found),
         judged=verdict.judge(plan, scores),
@@ -72,7 +74,7 @@ def render(manifest: Manifest, similarity: Similarity, recipe: str, found: Evalu
         recipe=recipe,
         layer_chart=charts.layer_chart(similarity, plan.window),
         heat_map=charts.heat_map(similarity, plan.window),
-        training=charts.training_chart(fit) if fit else None,
+        training=charts.training_chart(fit) if isinstance(fit, Fit) else None,
         similarity=similarity,
     )
 

@@ -7,11 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from llm_streamline.estimate import VALIDATIONS, Estimate, Sizes
 from llm_streamline.families import sliced_config
 from llm_streamline.forward import run_window
+from llm_streamline.moments import Moments
 from llm_streamline.records import Window
 from llm_streamline.replacement import build_replacement
 
@@ -20,7 +21,7 @@ TOKENS, VOCABULARY = 1024, 128
 
 @dataclass(frozen=True)
 class Rates:
-    """Seconds: for a token through one frozen layer, and for a token of training through the replacement."""
+    """Seconds: for a token through one frozen layer, and for one that the replacement learns from, besides."""
 
     forward: float
     training: float
@@ -37,6 +38,8 @@ def probe(config: PretrainedConfig, sizes: Sizes, dtype: torch.dtype, device: st
         forward = _seconds(lambda: run_window(model, window, ids), device) / ids.numel()
         if not sizes.trained:
             return Rates(forward, 0.0)
+        if sizes.solved:
+            return Rates(forward, _adding(model, ids, device))
         passage = run_window(model, window, ids[: sizes.batch])
         replacement = build_replacement(model, [0], "random", 0, replace).to(device)
         optimizer = torch.optim.AdamW(replacement.trained(), fused=True)
@@ -49,6 +52,13 @@ def probe(config: PretrainedConfig, sizes: Sizes, dtype: torch.dtype, device: st
 
         training = _seconds(step, device) / passage.entering.shape[:2].numel()
     return Rates(forward, training * max(1, sizes.trained // sizes.layer))
+
+
+def _adding(model: PreTrainedModel, ids: torch.Tensor, device: str) -> float:
+    """Seconds for a token of states to be added to second moments."""
+    states = model.get_input_embeddings()(ids)
+    moments = Moments.of_widths(states.shape[-1], states.shape[-1])
+    return _seconds(lambda: moments.add(states, states), device) / ids.numel()
 
 
 def _seconds(action: Callable[[], object], device: str) -> float:
@@ -75,6 +85,7 @@ def timed(estimate: Estimate, sizes: Sizes, rates: Rates) -> Estimate:
     spent = {
         "analysis": sizes.calibration * through,
         "training": (sizes.training + validated) * through + distilled,
+        "closed form": (sizes.training + sizes.validation) * (through + rates.training),
         "scores": 3 * sizes.validation * through,
     }
     stages = [stage.model_copy(update={"seconds": spent.get(stage.name)}) for stage in estimate.stages]

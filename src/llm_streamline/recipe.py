@@ -31,7 +31,7 @@ def as_several(value: Any) -> Any:
 
 def check_replace(value: str) -> str:
     """Errors: ValueError for what is no replacement."""
-    if not re.fullmatch(r"none|mlp|layer(:[1-9]\d*)?|(ffn|swiglu)(:residual)?", value):
+    if not re.fullmatch(r"none|mlp|layer(:[1-9]\d*)?|(ffn|swiglu)(:residual)?|linear(:free)?", value):
         raise ValueError("there is no such replacement")
     return value
 
@@ -90,7 +90,8 @@ class Recipe(Schema):
     replace: Annotated[str, AfterValidator(check_replace)] = Field(
         "layer",
         description="What stands in for the window: none; layer (one of the model's own), layer:2 for two; mlp (one "
-        "with its attention silent); or the paper's ffn or swiglu, also as ffn:residual or swiglu:residual.",
+        "with its attention silent); the paper's ffn or swiglu, also as ffn:residual or swiglu:residual; linear (a map "
+        "in closed form, folded into the MLP below the window); or linear:free (one in a layer's place).",
     )
     init: Literal["inherited", "random"] | None = Field(
         None,
@@ -99,8 +100,8 @@ class Recipe(Schema):
     )
     custom_code: bool = Field(
         False,
-        description="Let the saved model carry code of its own, as ffn and swiglu need: it then loads only with "
-        "trust_remote_code=True.",
+        description="Let the saved model carry code of its own, as ffn, swiglu and linear:free need: it then loads "
+        "only with trust_remote_code=True.",
     )
     loss: Annotated[str, AfterValidator(check_loss)] = Field(
         "nmse",
@@ -175,6 +176,15 @@ class Recipe(Schema):
         return self
 
     @model_validator(mode="after")
+    def _nothing_to_train(self) -> Recipe:
+        given = [f"--{name}" for name, unset in (("init", None), ("epochs", 1)) if getattr(self, name) != unset]
+        if self.solved and given:
+            raise ValueError(
+                f"--replace {self.replace} is solved for in one pass, not trained: leave out {' and '.join(given)}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _custom_code_allowed(self) -> Recipe:
         if self.network and not self.custom_code:
             raise ValueError(
@@ -189,8 +199,13 @@ class Recipe(Schema):
 
     @property
     def network(self) -> bool:
-        """Whether the replacement is one of the paper's networks, which stock transformers does not know."""
-        return self.replace.partition(":")[0] in ("ffn", "swiglu")
+        """Whether the replacement is a network that stock transformers does not know."""
+        return self.replace == "linear:free" or self.replace.partition(":")[0] in ("ffn", "swiglu")
+
+    @property
+    def solved(self) -> bool:
+        """Whether the replacement is had in closed form, so that nothing is trained."""
+        return self.replace.partition(":")[0] == "linear"
 
     @property
     def start(self) -> str:
@@ -199,8 +214,8 @@ class Recipe(Schema):
 
     @property
     def occupied(self) -> int:
-        """Layers occupied by the replacement: none 0, layer:k k, anything else 1."""
-        if self.replace == "none":
+        """Layers occupied by the replacement: none and linear 0, layer:k k, anything else 1."""
+        if self.replace in ("none", "linear"):
             return 0
         count = self.replace.partition(":")[2]
         return int(count) if count.isdigit() else 1

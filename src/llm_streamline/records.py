@@ -14,6 +14,7 @@ from llm_streamline.objective import parse_objective
 Matrix = list[list[float]]
 Measure = Literal["whole", "choice"]  # what an item's PPL is of: query and choice, or the choice alone
 R = TypeVar("R", bound="Record")
+FOLDED = "linear"  # the replacement that occupies no layer and changes the one below its window
 SIGNIFICANCE = 0.05
 FEWEST_EFFECTIVE = 0.2  # of the items: below this a few of them decide a stability
 
@@ -135,12 +136,24 @@ class LayerPlan(Record):
 
     def sources(self) -> list[int]:
         """Per new layer the source layer it takes its weights (or its replacement's start) from."""
-        before, after = range(self.window.start), range(self.window.stop, self.num_layers)
-        return [*before, *self.replaced(), *after]
+        kept = self.window.start + self.occupied
+        return [*range(kept), *range(self.window.stop, self.num_layers)]
+
+    @property
+    def folded(self) -> int | None:
+        """The layer into whose MLP a map is folded, where that is the replacement: the one below the window."""
+        return self.window.start - 1 if self.replace == FOLDED else None
+
+    @property
+    def rewritten(self) -> Window:
+        """The layers that the saved model does not have as they were: the window, and the folded layer below it."""
+        first = self.window.start if self.folded is None else self.folded
+        return Window(start=first, stop=self.window.stop)
 
     def replaced(self) -> range:
-        """The source layers whose places the replacement's layers take: the first ones of the window."""
-        return range(self.window.start, self.window.start + self.occupied)
+        """The source layers whose places the replacement's layers take: the first ones of those rewritten."""
+        first = self.rewritten.start
+        return range(first, first + (self.occupied if self.folded is None else 1))
 
     def layer_map(self) -> list[int | str]:
         """Per new layer the old number, or the window it stands for."""
@@ -148,6 +161,7 @@ class LayerPlan(Record):
 
     def __str__(self) -> str:
         layers = {0: "nothing", 1: "1 layer"}.get(self.occupied, f"{self.occupied} layers")
+        layers = layers if self.folded is None else f"a map folded into layer {self.folded}"
         return f"layers {self.window} ({len(self.window)}) of {self.num_layers} -> {layers}, net {self.net}"
 
 
@@ -198,6 +212,28 @@ class Fit(Record):
     def measure(self) -> str:
         """The loss that is validated."""
         return str(parse_objective(self.loss).measure)
+
+
+class LinearFit(Record):
+    """What the closed form found: the linear map of the least distillation loss on `tokens` training tokens.
+
+    Of several ridges the one was kept whose map has the lowest loss on the validation part; None where none of them
+    was better there than no map. The shares are of what the window adds to its input, and remain when the map is used.
+    """
+
+    loss: str
+    tokens: int
+    ridge: float | None
+    unexplained: float
+    validation_unexplained: float
+    validation_before: float
+    validation_after: float
+    seconds: float
+    device: str
+    compute: str
+
+
+Fitted = Fit | LinearFit | None  # nothing where there was nothing to fit
 
 
 class Loss(Record):
@@ -305,7 +341,7 @@ class Manifest(Record):
     tensors: dict[str, int]
     weights: dict[str, str] = {}
     limits: list[str] = []
-    fit: Fit | None
+    fit: Fitted
     data: dict[str, Any]
     layer_similarities: list[float]
     versions: dict[str, str]

@@ -1,4 +1,4 @@
-"""The networks that can stand in for a window: layers and MLPs of the model's own kind, and the paper's networks.
+"""What can stand in for a window: layers and MLPs of the model's own kind, the paper's networks, linear maps.
 
 They are run with the inputs that the model's own forward passed to the layers whose places they take, so that masks
 and positions are right in training as they are later.
@@ -10,6 +10,8 @@ and positions are right in training as they are later.
                     is trained                                                    1
     ffn, swiglu     the paper's networks, without norm and residual; with
                     ':residual' x + f(norm(x)); saved with code of their own      1
+    linear          a map in closed form, folded into the MLP below the window    0
+    linear:free     x + x M in closed form; saved with code of its own            1
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from llm_streamline.families import family_of, inner_width, layers_of, never_ide
 from llm_streamline.forward import LayerCall
 from llm_streamline.networks import NETWORKS, NetworkLayer, start
 from llm_streamline.offload import onloaded
+from llm_streamline.records import FOLDED
 
 
 class ReplacementLayers(nn.ModuleList):
@@ -57,7 +60,7 @@ def build_replacement(
     if network_spec(replace, model.config):
         layers = _networks(model, places, init, seed, replace)
     else:
-        layers = ReplacementLayers(_copied(layers_of(model)[place]) for place in places).float()
+        layers = ReplacementLayers(copied(layers_of(model)[place]) for place in places).float()
         if init == "random":
             _randomize(layers, model, seed)
     layers.eval().requires_grad_(True)
@@ -66,7 +69,8 @@ def build_replacement(
     return layers
 
 
-def _copied(layer: nn.Module) -> nn.Module:
+def copied(layer: nn.Module) -> nn.Module:
+    """A layer of its own with the same weights, wherever those are stored."""
     with onloaded(layer) as bare:
         return copy.deepcopy(bare)
 
@@ -74,7 +78,7 @@ def _copied(layer: nn.Module) -> nn.Module:
 def network_spec(replace: str, config: PretrainedConfig) -> dict[str, Any] | None:
     """What `networks.NetworkLayer` is made from; None for replacements of the model's own layers."""
     kind, _, form = replace.partition(":")
-    if kind not in NETWORKS:
+    if kind not in NETWORKS or replace == FOLDED:
         return None
     width = config.hidden_size
     inner = 4 * width if kind == "ffn" else inner_width(config)

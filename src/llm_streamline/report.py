@@ -6,12 +6,14 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llm_streamline import verdict
 from llm_streamline.card import score_rows
 from llm_streamline.findings import sentence, sentences
 from llm_streamline.records import (
     FEWEST_EFFECTIVE,
     SIGNIFICANCE,
     Fit,
+    Fitted,
     LayerPlan,
     Scores,
     Similarity,
@@ -92,7 +94,7 @@ def summary_table(plan: LayerPlan, scores: Scores) -> Table:
     return table
 
 
-def summary_lines(plan: LayerPlan, fit: Fit | None, verification: Verification, folder: Path) -> list[str]:
+def summary_lines(plan: LayerPlan, fit: Fitted, verification: Verification, folder: Path) -> list[str]:
     """The lines after the table: parameters, training, verification, path."""
     saved = plan.parameters_before - plan.parameters_after
     share = saved / plan.parameters_before
@@ -100,11 +102,13 @@ def summary_lines(plan: LayerPlan, fit: Fit | None, verification: Verification, 
         f"removed   {plan}",
         f"parameters {plan.parameters_before:,} -> {plan.parameters_after:,} ({saved:,} fewer, {share:.1%})",
     ]
-    if fit:
+    if isinstance(fit, Fit):
         lines.append(
             f"trained   {fit.trained_parameters:,} parameters on {fit.tokens:,} tokens in {fit.steps} steps; "
             f"{fit.measure} {fit.validation_before:.5f} -> {fit.validation_best:.5f} (step {fit.best_step})"
         )
+    elif fit:
+        lines.append(f"solved    {verdict.solved(fit)}")
     lines.append(
         f"verified  in a fresh process: logits within {verification.logits_error:.1e}, cached = uncached generation, "
         f"{verification.tensors} tensors, {verification.parameters:,} parameters"

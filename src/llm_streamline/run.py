@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from llm_streamline import checkpoint, figures, memory
 from llm_streamline.analyze import analyze
@@ -23,6 +24,7 @@ from llm_streamline.errors import Dismissed, UserError
 from llm_streamline.evaluation import EVALUATION, Evaluation, Request, Result
 from llm_streamline.files import atomic, free_space, remove, sha256
 from llm_streamline.forward import substituted
+from llm_streamline.linear import fit_linear, load_folded
 from llm_streamline.lock import run_lock
 from llm_streamline.oracle import MANIFEST, versions
 from llm_streamline.page import PAGE, write_evaluation_report, write_report
@@ -30,7 +32,7 @@ from llm_streamline.parallel import World
 from llm_streamline.passages import Passages, passages_of
 from llm_streamline.progress import say
 from llm_streamline.recipe import Recipe, Runtime
-from llm_streamline.records import Fit, Inputs, LayerPlan, Manifest, Scores, Similarity, Verification
+from llm_streamline.records import Fit, Fitted, Inputs, LayerPlan, Manifest, Scores, Similarity, Verification
 from llm_streamline.replacement import ReplacementLayers
 from llm_streamline.scoring.evaluate import evaluate as evaluate_request
 from llm_streamline.scoring.given import Task, check_questions_fit, open_tasks
@@ -88,7 +90,7 @@ def begin(work: Workspace, held: ExitStack) -> tuple[RunFolder, list[Task]]:
 
 
 def finish(
-    work: Workspace, folder: RunFolder, tasks: list[Task], similarity: Similarity, plan: LayerPlan, fit: Fit | None
+    work: Workspace, folder: RunFolder, tasks: list[Task], similarity: Similarity, plan: LayerPlan, fit: Fitted
 ) -> Result:
     """What the first process does alone, once all have measured and trained."""
     gc.collect()  # the optimizer is part of a cycle, and its moments are as large as the replacement twice
@@ -134,10 +136,8 @@ def check_all(work: Workspace) -> None:
 
 def describe(plan: LayerPlan) -> str:
     fewer = 1 - plan.parameters_after / plan.parameters_before
-    lines = [
-        f"{plan}: {plan.why}",
-        f"parameters {plan.parameters_before:,} -> {plan.parameters_after:,} ({fewer:.1%} fewer)",
-    ]
+    counts = f"parameters {plan.parameters_before:,} -> {plan.parameters_after:,} ({fewer:.1%} fewer)"
+    lines = [f"{plan}: {plan.why}", counts]
     if plan.replace == "mlp":
         lines.append("the mlp's attention is silent but stays: on disk, in compute and in the KV cache it is a layer")
     if plan.custom_code:
@@ -160,10 +160,10 @@ def draw_choice(similarity: Similarity, plan: LayerPlan, folder: RunFolder) -> N
         figures.draw_heat_map(similarity, folder.file("heat-map.png"), plan.window)
 
 
-def train_replacement(work: Workspace, plan: LayerPlan, folder: RunFolder) -> Fit | None:
-    """Stage 3: `replacement/` with the trained weights, their Fit and its figure; None where nothing is trained."""
-    if not plan.occupied:
-        return None
+def train_replacement(work: Workspace, plan: LayerPlan, folder: RunFolder) -> Fitted:
+    """Stage 3: `replacement/` with the weights, their Fit and, where trained, its figure; None where there is none."""
+    if plan.replace == "none" or work.recipe.solved:
+        return fit_linear(work, plan, folder) if work.recipe.solved else None
     world = work.world
     snapshot = Snapshot(folder.path / SNAPSHOT, work.runtime.checkpoint_every, world=world)
     if fit := world.led(lambda: trained_before(folder, snapshot)):
@@ -231,7 +231,7 @@ def keep_replacement(replacement: ReplacementLayers, fit: Fit, folder: RunFolder
 
 
 def assemble_model(
-    work: Workspace, plan: LayerPlan, fit: Fit | None, similarity: Similarity, folder: RunFolder
+    work: Workspace, plan: LayerPlan, fit: Fitted, similarity: Similarity, folder: RunFolder
 ) -> Verification:
     """Stage 4: `model/`, which appears only when verified."""
     target = folder.file("model")
@@ -241,7 +241,7 @@ def assemble_model(
         return verification
     say("assembling and verifying in a fresh process", work.runtime.quiet)
     source = work.model_as_saved()
-    replacement = load_replacement(work, plan, folder) if plan.occupied else ReplacementLayers()
+    replacement = load_replacement(work, source, plan, folder)
     files = source_files(work.source.path)
     licences = [file for file in files if is_licence(file)]
     parts = ModelParts(source, plan, replacement, work.tokenizer, licences, work.ram - memory.held())
@@ -260,7 +260,11 @@ def assemble_model(
     return assemble(parts, work.dtype, work.parts.validation, manifest, target)
 
 
-def load_replacement(work: Workspace, plan: LayerPlan, folder: RunFolder) -> ReplacementLayers:
+def load_replacement(work: Workspace, source: PreTrainedModel, plan: LayerPlan, folder: RunFolder) -> ReplacementLayers:
+    if plan.replace == "none":
+        return ReplacementLayers()
+    if plan.folded is not None:
+        return load_folded(source, plan, folder)
     replacement = work.replacement(work.model, plan.replaced()).cpu()
     replacement.load_state_dict(load_file(folder.file("replacement/replacement.safetensors")))
     return replacement.requires_grad_(False)
@@ -321,7 +325,7 @@ def standings(work: Workspace, plan: LayerPlan, folder: RunFolder) -> dict[str, 
     saved = sha256(json.dumps(Manifest.read(target / MANIFEST).weights).encode())
     common = (work.compute, checkpoint.context_length(work.config), work.tokenizer)
     found = {DENSE: Standing(work.recipe.model, dense, *common, lambda: work.model)}
-    if plan.occupied:
+    if plan.replace != "none":
         cut = sha256(dense.encode(), str(plan.plain_window).encode())
         without = lambda: substituted(work.model, plan.plain_window)  # noqa: E731
         name = f"{work.recipe.model} without {plan.plain_window}"

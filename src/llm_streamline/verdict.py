@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from llm_streamline.records import Fit, LayerPlan, Loss, Scores, Window
+from llm_streamline.records import Fit, Fitted, LayerPlan, LinearFit, Loss, Scores, Window
 
 FEW_SEQUENCES = 8  # held-out sequences below which a loss is a rough figure
 # excess in nats -> word and sentence; 0.02 nats are 2 % of perplexity, 0.1 are 11 %, 0.3 are 35 %, 1 is 172 %
@@ -24,6 +24,7 @@ _STAND_INS = {
     "mlp": "one layer with a trained MLP and silent attention stands",
     "ffn": "one trained feed-forward network stands",
     "swiglu": "one trained SwiGLU network stands",
+    "linear": "one linear map stands",
 }
 
 
@@ -72,6 +73,8 @@ def plural(window: Window, one: str, several: str) -> str:
 def stand_in(plan: LayerPlan) -> str:
     if plan.replace == "none":
         return "nothing stands"
+    if plan.folded is not None:
+        return f"a linear map, folded into the MLP of layer {plan.folded}, stands"
     if plan.occupied > 1:
         return f"{plan.occupied} trained layers of the model's own kind stand"
     return _STAND_INS[plan.replace.partition(":")[0]]
@@ -106,13 +109,17 @@ def came_back(plan: LayerPlan, scores: Scores) -> str:
         worse = scores.saved.nats - scores.cut.nats
         return (
             f"The saved model's loss is {worse:.4f} nats above that of the merely cut model: the replacement makes it "
-            "worse than no replacement would. Train on more or other text, lower the learning rate, "
-            "or use --replace none."
+            f"worse than no replacement would. {_advice(plan)}, or use --replace none."
         )
     share = recovered(scores)
     if share is None:
         return "Cutting alone costs nothing on this text, and the replacement is better still."
     return f"The replacement brings back {share:.0%} of the loss that cutting alone costs."
+
+
+def _advice(plan: LayerPlan) -> str:
+    solved = plan.replace.partition(":")[0] == "linear"
+    return "Give more or other text" if solved else "Train on more or other text, lower the learning rate"
 
 
 def recovered(scores: Scores) -> float | None:
@@ -121,12 +128,35 @@ def recovered(scores: Scores) -> float | None:
     return (scores.cut.nats - scores.saved.nats) / cut if cut > 0 else None
 
 
-def notes(plan: LayerPlan, fit: Fit | None, scores: Scores | None) -> list[str]:
+def hooked(plan: LayerPlan) -> str:
+    """What hooks did to the source model that the saved one was held against."""
+    if plan.folded is not None:
+        return "skipped, and the layer below it standing aside for one with the map folded in,"
+    return "skipped" if plan.replace == "none" else "replaced"
+
+
+def solved(fit: LinearFit) -> str:
+    """What a closed form found, in a line."""
+    ridge = "no ridge helped: the identity" if fit.ridge is None else f"ridge {fit.ridge:g}"
+    return (
+        f"a linear map on {fit.tokens:,} tokens, {ridge}; {fit.loss} {fit.validation_before:.5f} -> "
+        f"{fit.validation_after:.5f}, {fit.validation_unexplained:.1%} of what the window adds is left unexplained"
+    )
+
+
+def notes(plan: LayerPlan, fit: Fitted, scores: Scores | None) -> list[str]:
     """What one has to know before using the model, besides how good it is."""
     found = []
     if scores and scores.dense.sequences < FEW_SEQUENCES:
         found.append(f"The losses are of only {scores.dense.tokens:,} tokens: take them as rough.")
-    if fit and fit.best_step == 0:
+    if plan.folded is not None:
+        found.append(
+            f"Layer {plan.folded}, the one below the window, is not the source's any more: the map is folded into its "
+            "MLP's output projection, at no cost in parameters or time."
+        )
+    if isinstance(fit, LinearFit) and fit.ridge is None:
+        found.append("No linear map lowered the loss on the validation part; the model is saved as merely cut.")
+    if isinstance(fit, Fit) and fit.best_step == 0:
         found.append("Training did not improve the replacement; it is saved as it started.")
     if plan.replace == "mlp":
         found.append("The mlp's attention is silent but stays: on disk, in compute and in the KV cache it is a layer.")

@@ -6,7 +6,7 @@ import re
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -21,28 +21,21 @@ from llm_streamline.errors import UserError
 from llm_streamline.estimate import Estimate, estimate_of
 from llm_streamline.families import layers_of, parameter_counts
 from llm_streamline.files import TEMPORARY, remove, remove_leftovers, write_text
+from llm_streamline.folding import check_foldable
 from llm_streamline.lock import LOCK
 from llm_streamline.memory import memory_limit
 from llm_streamline.offload import is_offloaded, round_stored, stored_weights
 from llm_streamline.parallel import ALONE, World
 from llm_streamline.progress import say
 from llm_streamline.recipe import Recipe, Runtime, changed_keys, read_yaml, to_yaml
-from llm_streamline.records import Inputs, ModelShape, Record
+from llm_streamline.records import FOLDED, Inputs, ModelShape, Record
 from llm_streamline.replacement import ReplacementLayers, build_replacement
 from llm_streamline.text import Parts, read_parts
 
 RECIPE = "recipe.yaml"
 MADE = {  # what a run makes in its folder: all that --fresh may delete
-    *(
-        "inputs.json",
-        "similarity.json",
-        "similarity.png",
-        "heat-map.png",
-        "plan.json",
-        "checkpoint.safetensors",
-        "checkpoint-best.safetensors",
-        "cache",
-    ),
+    *("inputs.json", "similarity.json", "similarity.png", "heat-map.png", "plan.json", "cache"),
+    *("checkpoint.safetensors", "checkpoint-best.safetensors"),
     *("tracking", "replacement", "model", "scores.json", "own-text.jsonl", "items", "scores", "evaluation.json"),
     *("report.html", RECIPE),
 }
@@ -178,8 +171,10 @@ class Workspace:
             network = stand_in.count()
         return ModelShape(name=self.recipe.model, model_type=kind, total=total, layers=layers, network=network)
 
-    def check_replacement(self, starts: Iterable[int]) -> None:
+    def check_replacement(self, starts: Sequence[int]) -> None:
         """Errors: UserError where no window that begins at one of `starts` can be given what the recipe asks for."""
+        if self.recipe.replace == FOLDED:
+            check_foldable(self.config, starts)
         refusal = None
         for start in starts if self.recipe.occupied else ():
             try:
