@@ -6,7 +6,7 @@ import argparse
 import sys
 from importlib import import_module
 
-NAMES = ("help", "analyze", "train", "processes", "memory", "speed")
+NAMES = ("help", "analyze", "deletion", "train", "processes", "memory", "speed")
 
 
 def main() -> None:

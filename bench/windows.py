@@ -1,8 +1,8 @@
 """Which score finds the best window: every score of every window of one length, and what each window costs in the end.
 
-`python -m bench.windows MODEL TEXT --length 4` prints a table: the scores, from the calibration part; the validation
-part's loss after deletion and after a linear map fitted on training tokens; with --train, the excess of a trained layer
-for the windows that are among the best few by any score. Below it are the scores' rank correlations with the map's loss.
+`python -m bench.windows MODEL TEXT --length 4` prints a table: the scores, from the calibration part; the loss on
+the validation part after deletion and after a linear map fitted on training tokens; with --train, the excess of a
+trained layer for the windows that are among the best few by any score. Below it are the scores' rank correlations with the map's loss.
 """
 
 from __future__ import annotations
@@ -116,7 +116,8 @@ def show(ranking: Ranking, ends: dict[Window, tuple[float, float]], trained: dic
         print(f"| {one.window} | {' | '.join(values)} | {deleted:.4f} | {patched:.4f} | {last} |")
     for by in SCORES:
         winner = ranking.winners[by]
-        print(f"{by}: takes {winner.window} ({winner.confidence:.2f} of resamples); with the map {correlated(ranking, by, ends)}")
+        how = correlated(ranking, by, ends)
+        print(f"{by}: takes {winner.window} ({winner.confidence:.2f} of resamples); with the map {how}")
         if trained:
             held = [one for one in ranking.candidates if one.window in trained]
             rho = spearmanr([cost(one, by) for one in held], [trained[one.window] for one in held]).statistic

@@ -22,8 +22,9 @@ from llm_streamline.errors import Dismissed, Stopped, StreamlineError, UserError
 from llm_streamline.files import sha256
 from llm_streamline.lock import run_lock
 from llm_streamline.parallel import ALONE, World
+from llm_streamline.rank import rank
 from llm_streamline.recipe import Recipe, Runtime
-from llm_streamline.records import Similarity
+from llm_streamline.records import Similarity, Window
 from llm_streamline.snapshot import Snapshot
 from llm_streamline.workspace import MADE, RunFolder, Workspace
 from tests import tiny
@@ -82,6 +83,19 @@ def measured(world: World, model=None) -> list[list[list[float]]]:
     return [getattr(found, name) for name in SIMILARITY]
 
 
+def ranked(world: World) -> str:
+    windows = [Window(start=start, stop=start + 2) for start in range(1, 4)]
+    found = rank(tiny.make_model("llama"), tiny.random_ids(7, 16), 2, windows, "patched", quiet=True, world=world)
+    return found.model_dump_json()
+
+
+def numbers(nest: object) -> list[float]:
+    """All numbers in JSON, in order."""
+    if isinstance(nest, (dict, list)):
+        return [one for part in (nest.values() if isinstance(nest, dict) else nest) for one in numbers(part)]
+    return [nest] if isinstance(nest, (int, float)) else []
+
+
 def refused(act) -> str:
     try:
         act()
@@ -126,6 +140,7 @@ def main(folder: str) -> None:
         found = {
             "similarity": measured(world),
             "from the disk": measured(world, load_model(Source(folder), torch.float32, offload=Path(folder) / "none")),
+            "ranking": ranked(world),
             "fits": {key: trained(world, *setup) for key, setup in SETUPS.items()},
             "led": world.led(lambda: f"by {world.rank}"),
             "refused": [refused(lambda: world.led(lambda: refuse_in(world, 0)))]
@@ -151,6 +166,13 @@ def test_two_processes_measure_what_one_does(pair):
     for found in pair:
         torch.testing.assert_close(torch.tensor(found["similarity"], dtype=torch.float64), one, rtol=0, atol=1e-12)
         assert found["from the disk"] == found["similarity"]
+
+
+def test_two_processes_rank_as_one_does(pair):
+    one = json.loads(ranked(ALONE))
+    for found in pair:
+        assert numbers(json.loads(found["ranking"])) == pytest.approx(numbers(one), abs=1e-5)
+    assert pair[0]["ranking"] == pair[1]["ranking"]
 
 
 @pytest.mark.parametrize("setup", SETUPS)

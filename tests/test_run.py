@@ -20,6 +20,7 @@ FILES = {
     "recipe.yaml",
     "inputs.json",
     "similarity.json",
+    "ranking.json",
     "plan.json",
     "replacement",
     "model",

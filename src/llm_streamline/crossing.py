@@ -17,6 +17,8 @@ from llm_streamline.layerwise import GROUP_TOKENS, Flow, Layerwise
 from llm_streamline.offload import is_offloaded
 from llm_streamline.records import Window
 
+HALVES = range(2)  # of the sequences: what is fitted on one is judged on the other
+MATRICES = 2**30  # bytes of second moments at once; where those of one window are more, one window's
 LOGITS = 2**25  # values at once: 128 MiB in float32, of which about five copies are alive
 
 
@@ -31,6 +33,16 @@ class Part:
     @property
     def rows(self) -> slice:
         return slice(self.first, self.first + len(self.ids))
+
+
+def matrix_bytes(width: int) -> int:
+    """Of one window: the second moments x'x and x'y of either half, in float64."""
+    return len(HALVES) * 2 * width * width * 8
+
+
+def maps_at_once(width: int) -> int:
+    """Windows whose maps are fitted in one pass."""
+    return max(1, MATRICES // matrix_bytes(width))
 
 
 # what a branch goes on with above its window, of the states that enter and leave it; None for no branch

@@ -20,6 +20,7 @@ ONLY_COMPRESS = {
         "remove",
         "window",
         "max_params",
+        "select",
         "replace",
         "init",
         "custom_code",

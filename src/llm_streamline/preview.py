@@ -15,7 +15,8 @@ from llm_streamline.parallel import World
 from llm_streamline.probe import probe, timed
 from llm_streamline.recipe import Recipe, Runtime
 from llm_streamline.records import LayerPlan, Similarity
-from llm_streamline.run import check_all, decide, measure
+from llm_streamline.run import check_all, measure
+from llm_streamline.selection import decide
 from llm_streamline.workspace import RunFolder, Workspace, output_folder, own_contents
 
 ANALYSIS_FILES = {"similarity.json", "similarity.png", "heat-map.png"}
@@ -27,10 +28,10 @@ def plan_only(recipe: Recipe, runtime: Runtime) -> LayerPlan:
         work = Workspace(recipe, runtime, world)
         world.alone(lambda: runtime.output and RunFolder.open(runtime.output, recipe, runtime.fresh))
         world.alone(lambda: check_all(work))
-        similarity = measure(work)
+        plan = decide(work, measure(work))
     if not world.first:
         raise Dismissed
-    return decide(work, similarity)
+    return plan
 
 
 def estimate_only(recipe: Recipe, runtime: Runtime) -> Estimate:

@@ -1,4 +1,4 @@
-"""Model + calibration blocks -> Ranking: what each window of one length costs, deleted, and with a linear map in its place.
+"""Calibration blocks -> Ranking: what each window of one length costs, deleted, and with a linear map in its place.
 
 Scores are kept per sequence, so that every standard error, every difference and every resample is over sequences. Maps
 are fitted on one half of the sequences and judged on the other, both ways; the halves are contiguous, so that few
@@ -15,19 +15,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llm_streamline.crossing import Bridge, Judged, Part, crossed, judged
+from llm_streamline.crossing import HALVES, Bridge, Judged, Part, crossed, judged, maps_at_once
 from llm_streamline.families import layers_of
 from llm_streamline.layerwise import Layerwise
 from llm_streamline.moments import Moments
 from llm_streamline.parallel import ALONE, World
 from llm_streamline.progress import progress
-from llm_streamline.ranking import SCORES, By, Candidate, Ranking, Score, Winner
+from llm_streamline.ranking import RESAMPLES, SCORES, SHORTLIST, By, Candidate, Ranking, Score, Winner
 from llm_streamline.records import Window
 
-SHORTLIST = 4  # windows that a map is fitted for
-MATRICES = 2**30  # bytes of second moments at once: where one window's are more, one window's
-RESAMPLES = 1000
-HALVES = range(2)
 _TINY = 1e-12
 Maps = dict[Window, list[Tensor]]  # per half of the sequences the (D, D) map that judges it
 
@@ -70,13 +66,8 @@ def best_few(found: _Found, count: int) -> list[Window]:
     return sorted(taken, key=lambda window: window.start)
 
 
-def matrix_bytes(width: int) -> int:
-    """Of one window: the second moments x'x and x'y of either half, in float64."""
-    return len(HALVES) * 2 * width * width * 8
-
-
 def _in_turn(windows: Sequence[Window], width: int) -> list[Sequence[Window]]:
-    size = max(1, MATRICES // matrix_bytes(width))
+    size = maps_at_once(width)
     return [windows[first : first + size] for first in range(0, len(windows), size)]
 
 

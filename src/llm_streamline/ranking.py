@@ -7,6 +7,17 @@ from typing import Literal, get_args
 from llm_streamline.records import Record, Window
 
 By = Literal["cosine", "relative", "loss", "kl", "replaceability", "patched"]
+RANKING = "ranking.json"
+NAMES: dict[By, str] = {
+    "cosine": "cosine",
+    "relative": "relative change",
+    "loss": "loss after deletion",
+    "kl": "KL after deletion",
+    "replaceability": "share that no linear map explains",
+    "patched": "loss with a linear map in its place",
+}
+RESAMPLES = 1000  # of the sequences, for each score's confidence
+SHORTLIST = 4  # windows that linear maps are fitted for
 SCORES: tuple[By, ...] = get_args(By)
 
 
@@ -79,3 +90,35 @@ class Ranking(Record):
         """What scores that disagree with the decision would have taken."""
         chosen = self.winner.window
         return {by: found.window for by, found in self.winners.items() if found.window != chosen}
+
+
+def disagreement(ranking: Ranking) -> str:
+    """Which scores would have taken which other windows."""
+    others = ranking.others()
+    if not others:
+        return "all scores take it"
+    named: dict[Window, list[str]] = {}
+    for by, window in others.items():
+        named.setdefault(window, []).append(NAMES[by])
+    parts = [f"{' and '.join(names)} would have taken {window}" for window, names in named.items()]
+    return ", ".join(parts)
+
+
+def table(ranking: Ranking) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of words: a line per candidate; * is what a score would take, empty what was not measured."""
+    shown = [by for by in SCORES if by in ranking.winners]
+    rows = []
+    for one in ranking.candidates:
+        row = [f"{one.window}{' (taken)' if one.window == ranking.winner.window else ''}"]
+        for by in shown:
+            score = one.of(by)
+            star = " *" if ranking.winners[by].window == one.window else ""
+            row.append(f"{score.value:.4f} ± {score.se:.4f}{star}" if score else "")
+        rows.append(row)
+    return ["window", *(NAMES[by] for by in shown)], rows
+
+
+def confidences(ranking: Ranking) -> str:
+    """How surely each score takes what it takes."""
+    found = (f"{NAMES[by]} takes {one.window} in {one.confidence:.0%}" for by, one in ranking.winners.items())
+    return f"Of {RESAMPLES} resamples of the sequences: {', '.join(found)}"
