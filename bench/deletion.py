@@ -1,4 +1,4 @@
-"""What scoring a window by deletion costs, for each window of one length, against a full forward over the same tokens."""
+"""What scoring a window by deletion costs, for each of one length, against a full forward over the same tokens."""
 
 from __future__ import annotations
 

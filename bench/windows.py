@@ -1,15 +1,13 @@
 """Which score finds the best window: every score of every window of one length, and what each window costs in the end.
 
-`python -m bench.windows MODEL TEXT --length 4` prints a table: the scores, from the calibration part; the loss on
-the validation part after deletion and after a linear map fitted on training tokens; with --train, the excess of a
-trained layer for the windows that are among the best few by any score. Below it are the scores' rank correlations with the map's loss.
+`python -m bench.windows MODEL TEXT --length 4` prints a table: the scores, from the calibration part; the loss on the
+validation part after deletion and after a linear map fitted on training tokens. Below it are the scores' rank correlations
+with the map's loss.
 """
 
 from __future__ import annotations
 
 import argparse
-import tempfile
-from pathlib import Path
 
 import torch
 from scipy.stats import kendalltau, spearmanr
@@ -23,10 +21,9 @@ from llm_streamline.moments import Moments
 from llm_streamline.ranking import SCORES, Candidate, Ranking
 from llm_streamline.recipe import Recipe, Runtime
 from llm_streamline.records import Window
-from llm_streamline.run import compress
 from llm_streamline.workspace import Workspace
 
-BATCH, BEST = 16, 4
+BATCH = 16
 
 
 def main() -> None:
@@ -35,7 +32,6 @@ def main() -> None:
     parser.add_argument("text")
     parser.add_argument("--length", type=int, required=True)
     parser.add_argument("--fit", type=int, default=131_072, help="training tokens that the map is fitted on")
-    parser.add_argument("--train", default=None, help="training tokens of a layer in place of the best few, e.g. 100k")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     recipe = Recipe(model=options.model, data=(options.text,), tokens=options.fit, seed=options.seed)
@@ -45,8 +41,7 @@ def main() -> None:
     ranking_stage.SHORTLIST = len(windows)
     ranking = ranking_stage.rank(work.model, work.parts.calibration, BATCH, windows, "patched", quiet=True)
     ends = outcomes(work.model, work.parts.training, work.parts.validation, windows)
-    trained = {window: excess(options, window) for window in best(ranking)} if options.train else {}
-    show(ranking, ends, trained)
+    show(ranking, ends)
 
 
 def outcomes(
@@ -80,48 +75,23 @@ def parts(blocks: torch.Tensor) -> list[Part]:
     return [Part(blocks[first : first + BATCH], first, 0) for first in range(0, len(blocks), BATCH)]
 
 
-def best(ranking: Ranking) -> list[Window]:
-    """What is among the best few by any score."""
-    found = set()
-    for by in SCORES:
-        ordered = sorted(ranking.candidates, key=lambda one: cost(one, by))
-        found |= {one.window for one in ordered[:BEST]}
-    return sorted(found, key=lambda window: window.start)
-
-
 def cost(candidate: Candidate, by: str) -> float:
     value = getattr(candidate, by).value
     return -value if by == "cosine" else value
 
 
-def excess(options: argparse.Namespace, window: Window) -> float:
-    """Held-out nats above the dense model's with a trained layer in the window's place."""
-    recipe = Recipe(
-        model=options.model, data=(options.text,), window=str(window), tokens=options.train, seed=options.seed
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        runtime = Runtime(output=Path(folder) / "run", quiet=True, tasks=("none",), compute="float32")
-        scores = compress(recipe, runtime).scores
-    return scores.excess(scores.saved)
-
-
-def show(ranking: Ranking, ends: dict[Window, tuple[float, float]], trained: dict[Window, float]) -> None:
+def show(ranking: Ranking, ends: dict[Window, tuple[float, float]]) -> None:
     print(f"dense {ranking.dense.value:.4f} on {ranking.sequences} sequences, {ranking.tokens:,} tokens")
-    print("| window | " + " | ".join(SCORES) + " | deleted | map | layer, excess |")
-    print("|---" * (len(SCORES) + 4) + "|")
+    print("| window | " + " | ".join(SCORES) + " | deleted | map |")
+    print("|---" * (len(SCORES) + 3) + "|")
     for one in ranking.candidates:
         values = [f"{getattr(one, by).value:.4f} ± {getattr(one, by).se:.4f}" for by in SCORES]
         deleted, patched = ends[one.window]
-        last = f"{trained[one.window]:.4f}" if one.window in trained else ""
-        print(f"| {one.window} | {' | '.join(values)} | {deleted:.4f} | {patched:.4f} | {last} |")
+        print(f"| {one.window} | {' | '.join(values)} | {deleted:.4f} | {patched:.4f} |")
     for by in SCORES:
         winner = ranking.winners[by]
         how = correlated(ranking, by, ends)
         print(f"{by}: takes {winner.window} ({winner.confidence:.2f} of resamples); with the map {how}")
-        if trained:
-            held = [one for one in ranking.candidates if one.window in trained]
-            rho = spearmanr([cost(one, by) for one in held], [trained[one.window] for one in held]).statistic
-            print(f"    with the trained layer: spearman {rho:.2f} over {len(held)} windows")
 
 
 def correlated(ranking: Ranking, by: str, ends: dict[Window, tuple[float, float]]) -> str:

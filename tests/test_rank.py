@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from llm_streamline import assemble as assemble_module
-from llm_streamline import crossing, oracle, preview, run, selection
+from llm_streamline import cli, crossing, oracle, preview, run, selection
 from llm_streamline.analyze import analyze
 from llm_streamline.checkpoint import Source, load_model
 from llm_streamline.choose import choose, why_ranked
@@ -253,6 +253,10 @@ def work(folder, text, runtime=None, **changes) -> Workspace:
     return Workspace(recipe, runtime or Runtime(quiet=True, compute="float32"))
 
 
+def decided(one: Workspace) -> str | None:
+    return selection.deciding(one, one.recipe)
+
+
 @pytest.mark.parametrize(
     ("changes", "by"),
     [
@@ -270,7 +274,7 @@ def work(folder, text, runtime=None, **changes) -> Workspace:
     ],
 )
 def test_what_decides(changes, by, llama_folder, text_file):
-    assert selection.deciding(work(llama_folder, text_file, **changes)) == by
+    assert decided(work(llama_folder, text_file, **changes)) == by
 
 
 def test_a_model_that_stays_on_the_disk_falls_to_cosine_aloud(llama_folder, text_file, capsys):
@@ -278,7 +282,7 @@ def test_a_model_that_stays_on_the_disk_falls_to_cosine_aloud(llama_folder, text
     for select, by in ((None, None), ("loss", "loss")):
         one = work(llama_folder, text_file, runtime, select=select)
         one.__dict__["offloads"] = True
-        assert selection.deciding(one) == by
+        assert decided(one) == by
     assert "chosen by cosine, as the model does not fit in memory" in capsys.readouterr().err
 
 
@@ -303,7 +307,7 @@ def test_the_validation_part_has_no_say(llama_folder, text_file):
     parts = read_parts(other.recipe, other.tokenizer, tiny.CONTEXT, quiet=True)
     unlike = {name: tiny.random_ids(*getattr(parts, name).shape, seed=9) for name in ("validation", "training")}
     other.__dict__["parts"] = type(parts)(calibration=parts.calibration, shares={}, **unlike)
-    assert selection.ranked(one, "patched") == selection.ranked(other, "patched")
+    assert selection.ranked(one, one.recipe, "patched") == selection.ranked(other, other.recipe, "patched")
     assert selection.decide(one, run.measure(one)) == selection.decide(other, run.measure(other))
 
 
@@ -322,3 +326,18 @@ def test_the_plan_alone_and_the_run_decide_alike_and_a_run_is_continued(llama_fo
     (tmp_path / "out" / "plan.json").unlink()  # as a run that was killed between the two leaves it
     monkeypatch.setattr(selection, "rank", None)
     assert run.compress(recipe, runtime).plan == planned
+
+
+def test_analysis_ranks_where_a_removal_is_named(llama_folder, text_file, tmp_path, capsys):
+    command = ["analyze", str(llama_folder), "--data", str(text_file), "--calibration-tokens", "2000", "--quiet"]
+    cli.main([*command, "-o", str(tmp_path / "plain")])
+    assert "compress would take" not in capsys.readouterr().out
+    cli.main([*command, "-o", str(tmp_path / "ranked"), "--remove", "1"])
+    out = capsys.readouterr().out
+    kept = Ranking.read(tmp_path / "ranked" / "ranking.json")
+    assert {len(one.window) for one in kept.candidates} == {2} and kept.by == "patched"
+    assert f"compress would take {kept.winner.window}" in out and f"{kept.candidates[0].kl.value:.4f}" in out
+    assert not (tmp_path / "plain" / "ranking.json").exists()
+    with pytest.raises(SystemExit):
+        cli.main([*command, "-o", str(tmp_path / "none"), "--remove", "40"])
+    assert "leaves no layer" in capsys.readouterr().err and not list((tmp_path / "none").glob("*.json"))

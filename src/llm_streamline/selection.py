@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from llm_streamline.choose import candidates, choose
 from llm_streamline.memory import FORWARD_TOKENS
 from llm_streamline.progress import say
 from llm_streamline.rank import rank
 from llm_streamline.ranking import NAMES, RANKING, By, Ranking
+from llm_streamline.recipe import Recipe
 from llm_streamline.records import LayerPlan, Similarity
 from llm_streamline.workspace import RunFolder, Workspace
 
@@ -18,10 +21,10 @@ def decide(work: Workspace, similarity: Similarity, folder: RunFolder | None = N
 
     Errors: UserError where the window's first layers cannot give what is to stand in.
     """
-    by = work.world.led(lambda: deciding(work))
-    ranking = None
-    if by is not None:
-        ranking = folder.stage(RANKING, Ranking, lambda: ranked(work, by)) if folder else ranked(work, by)
+    recipe, ranking = work.recipe, None
+    if by := work.world.led(lambda: deciding(work, recipe)):
+        make = partial(ranked, work, recipe, by)
+        ranking = folder.stage(RANKING, Ranking, make) if folder else make()
     return work.world.led(lambda: planned(work, similarity, ranking))
 
 
@@ -33,9 +36,8 @@ def planned(work: Workspace, similarity: Similarity, ranking: Ranking | None) ->
     return plan
 
 
-def deciding(work: Workspace) -> By | None:
+def deciding(work: Workspace, recipe: Recipe) -> By | None:
     """The score that is to decide; None where that is cosine, as analysis has measured it, or there is one window."""
-    recipe = work.recipe
     if recipe.select == "cosine" or len(candidates(work.shape, recipe)) == 1:
         return None
     if recipe.select is None and work.offloads:
@@ -59,11 +61,11 @@ def _say(work: Workspace, message: str) -> None:
     say(message, work.runtime.quiet)
 
 
-def ranked(work: Workspace, by: By) -> Ranking:
-    """Every candidate's scores on the calibration part alone."""
+def ranked(work: Workspace, recipe: Recipe, by: By) -> Ranking:
+    """The scores of every window that a recipe leaves, on the calibration part alone."""
     work.share()
     model = work.world.attempt(lambda: work.model)
-    windows, batch = candidates(work.shape, work.recipe), work.batch(FORWARD_TOKENS // 2)
+    windows, batch = candidates(work.shape, recipe), work.batch(FORWARD_TOKENS // 2)
     return rank(model, work.parts.calibration, batch, windows, by, work.runtime.quiet, work.world)
 
 
