@@ -1,8 +1,8 @@
 """Which score finds the best window: every score of every window of one length, and what each window costs in the end.
 
 `python -m bench.windows MODEL TEXT --length 4` prints a table: the scores, from the calibration part; the loss on the
-validation part after deletion and after a linear map fitted on training tokens. Below it are the scores' rank correlations
-with the map's loss.
+validation part after deletion and after a linear map fitted on training tokens. Below it are the scores' rank
+correlations with the map's loss.
 """
 
 from __future__ import annotations

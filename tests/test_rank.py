@@ -338,6 +338,8 @@ def test_analysis_ranks_where_a_removal_is_named(llama_folder, text_file, tmp_pa
     assert {len(one.window) for one in kept.candidates} == {2} and kept.by == "patched"
     assert f"compress would take {kept.winner.window}" in out and f"{kept.candidates[0].kl.value:.4f}" in out
     assert not (tmp_path / "plain" / "ranking.json").exists()
+    cli.main([*command, "-o", str(tmp_path / "ranked")])
+    assert not (tmp_path / "ranked" / "ranking.json").exists(), "of a length that was not asked for"
     with pytest.raises(SystemExit):
         cli.main([*command, "-o", str(tmp_path / "none"), "--remove", "40"])
     assert "leaves no layer" in capsys.readouterr().err and not list((tmp_path / "none").glob("*.json"))

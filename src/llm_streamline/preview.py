@@ -9,7 +9,7 @@ from llm_streamline import figures
 from llm_streamline.choose import check_protected, check_request
 from llm_streamline.errors import Dismissed, UserError
 from llm_streamline.estimate import Estimate, sizes_of
-from llm_streamline.files import remove_leftovers
+from llm_streamline.files import remove, remove_leftovers
 from llm_streamline.lock import run_lock
 from llm_streamline.parallel import World
 from llm_streamline.probe import probe, timed
@@ -60,6 +60,7 @@ def analyze_model(recipe: Recipe, runtime: Runtime) -> tuple[Similarity, Ranking
             raise Dismissed
         remove_leftovers(folder)
         similarity.write(folder / "similarity.json")
+        remove(folder / RANKING)  # of an earlier analysis, perhaps of another length
         if ranking:
             ranking.write(folder / RANKING)
         figures.draw_similarity(similarity, folder / "similarity.png")

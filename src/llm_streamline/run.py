@@ -29,6 +29,7 @@ from llm_streamline.page import PAGE, write_evaluation_report, write_report
 from llm_streamline.parallel import World
 from llm_streamline.passages import Passages, passages_of
 from llm_streamline.progress import say
+from llm_streamline.ranking import RANKING, Ranking
 from llm_streamline.recipe import Recipe, Runtime
 from llm_streamline.records import Fit, Inputs, LayerPlan, Manifest, Scores, Similarity, Verification
 from llm_streamline.replacement import ReplacementLayers
@@ -148,7 +149,9 @@ def measure(work: Workspace) -> Similarity:
 
 def draw_choice(similarity: Similarity, plan: LayerPlan, folder: RunFolder) -> None:
     if not folder.has("similarity.png"):
-        figures.draw_similarity(similarity, folder.file("similarity.png"), plan.window)
+        ranking = Ranking.read(folder.path / RANKING) if folder.has(RANKING) else None
+        by_cosine = ranking.winners["cosine"].window if ranking else None
+        figures.draw_similarity(similarity, folder.file("similarity.png"), plan.window, by_cosine)
     if not folder.has("heat-map.png"):
         figures.draw_heat_map(similarity, folder.file("heat-map.png"), plan.window)
 
