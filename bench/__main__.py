@@ -6,7 +6,7 @@ import argparse
 import sys
 from importlib import import_module
 
-NAMES = ("help", "analyze", "train", "processes", "memory", "logits", "speed")
+NAMES = ("help", "analyze", "deletion", "train", "processes", "memory", "logits", "speed")
 
 
 def main() -> None:

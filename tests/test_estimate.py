@@ -32,10 +32,12 @@ def test_every_family_is_estimated_and_timed(name, tmp_path):
         file.unlink()  # the configuration is all that is read
     recipe = Recipe(model=str(folder), block=32, tokens=3200, remove=2)
     found = preview.estimate_only(recipe, Runtime(quiet=True))
-    assert [stage.name for stage in found.stages] == ["analysis", "training", "assembly", "verification", "scores"]
+    assert [stage.name for stage in found.stages] == [
+        *("analysis", "ranking", "training", "assembly", "verification", "scores")
+    ]
     assert found.fits and not found.offloaded and found.disk > 0
     timed = {stage.name for stage in found.stages if stage.seconds is not None}
-    assert timed == {"analysis", "training", "scores"} and all(stage.seconds != 0 for stage in found.stages)
+    assert timed == {"analysis", "ranking", "training", "scores"} and all(stage.seconds != 0 for stage in found.stages)
 
 
 def test_what_is_read_layer_by_layer_takes_less_and_does_not_grow_with_depth(llama_folder):
@@ -46,8 +48,8 @@ def test_what_is_read_layer_by_layer_takes_less_and_does_not_grow_with_depth(lla
     for offloaded in (True, False):
         pairs = list(zip(predict(sizes, offloaded, offloaded), predict(deep, offloaded, offloaded), strict=True))
         assert all((one.memory == other.memory) == offloaded for one, other in pairs)
-    both = zip(predict(deep, True, True), predict(deep, False, False), strict=True)
-    assert all(one.memory < other.memory for one, other in both)
+    held = {stage.name: stage.memory for stage in predict(deep, False, False)}
+    assert all(stage.memory < held[stage.name] for stage in predict(deep, True, True))
 
 
 def test_memory_does_not_grow_with_tokens(llama_folder):
@@ -83,6 +85,18 @@ def test_compress_refuses_what_cannot_fit_and_names_what_would_help(llama_folder
     with pytest.raises(UserError, match=r"takes about .* GB and there are 0\.00 GB; give .*--memory"):
         run.compress(recipe, Runtime(output=tmp_path / "out", memory="1MB", quiet=True))
     assert not (tmp_path / "out").exists()
+
+
+def test_windows_are_ranked_where_something_is_left_to_rank(llama_folder):
+    ways = ({}, {"select": "loss"}, {"select": "replaceability"}, {"replace": "none"})
+    costs = [stages(workspace(llama_folder, **way))["ranking"] for way in ways]
+    auto, loss, every, none = ((stage.tokens, stage.memory) for stage in costs)
+    assert loss == none or loss < none  # none has one more window
+    assert loss < auto and loss[0] < every[0] and loss[1] < every[1]
+    for way in ({"select": "cosine"}, {"preset": "paper"}, {"window": "1:4"}):
+        assert "ranking" not in stages(workspace(llama_folder, **way))
+    assert "ranking" not in stages(workspace(llama_folder), offloaded=True)
+    assert "ranking" in stages(workspace(llama_folder, select="auto"), offloaded=True)
 
 
 def test_a_disk_that_cannot_hold_the_result_is_told(llama_folder):

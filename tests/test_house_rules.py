@@ -16,8 +16,8 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "llm_streamline"
 MODULES = sorted(path for path in SOURCE.rglob("*.py"))
 PRODUCT = [path for path in MODULES if "demo" not in path.relative_to(SOURCE).parts]
-STAGES = {"analyze", "choose", "train", "linear", "assemble", "scoring", "report", "figures", "page"}
-CONDUCTORS = {"run", "preview", "cli", "demonstration", "__init__", "__main__"}
+STAGES = {"analyze", "rank", "choose", "train", "linear", "assemble", "scoring", "report", "figures", "page"}
+CONDUCTORS = {"run", "selection", "preview", "cli", "demonstration", "__init__", "__main__"}
 FAMILY_NAMES = re.compile(
     r"\b(llama|opt|mistral|mixtral|qwen\w*|gemma\w*|phi3?|gpt2|gpt_neox?|bloom|falcon|olmo\w*|granite|starcoder\w*|smollm\w*|"
     r"cohere\w*|deepseek\w*|glm\w*|exaone\w*|baichuan|mamba|jamba)\b",
@@ -102,6 +102,9 @@ def test_every_module_has_its_tests():
         "flags": "cli",
         "comparison": "findings",
         "tables": "scoreboard",
+        "crossing": "rank",
+        "ranking": "rank",
+        "selection": "rank",
         "figures": "report",
     }
     covered = {path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py")}

@@ -23,6 +23,7 @@ from llm_streamline.files import sha256
 from llm_streamline.linear import Reading, solve_window
 from llm_streamline.lock import run_lock
 from llm_streamline.parallel import ALONE, World
+from llm_streamline.rank import rank
 from llm_streamline.recipe import Recipe, Runtime
 from llm_streamline.records import Similarity, Window
 from llm_streamline.snapshot import Snapshot
@@ -97,6 +98,19 @@ def solved(world: World) -> list[list[float]]:
     return [*mapping.tolist(), [fit.tokens, fit.unexplained, fit.validation_after]]
 
 
+def ranked(world: World) -> str:
+    windows = [Window(start=start, stop=start + 2) for start in range(1, 4)]
+    found = rank(tiny.make_model("llama"), tiny.random_ids(7, 16), 2, windows, "patched", quiet=True, world=world)
+    return found.model_dump_json()
+
+
+def numbers(nest: object) -> list[float]:
+    """All numbers in JSON, in order."""
+    if isinstance(nest, (dict, list)):
+        return [one for part in (nest.values() if isinstance(nest, dict) else nest) for one in numbers(part)]
+    return [nest] if isinstance(nest, (int, float)) else []
+
+
 def refused(act) -> str:
     try:
         act()
@@ -141,6 +155,7 @@ def main(folder: str) -> None:
         found = {
             "similarity": measured(world),
             "from the disk": measured(world, load_model(Source(folder), torch.float32, offload=Path(folder) / "none")),
+            "ranking": ranked(world),
             "fits": {key: trained(world, *setup) for key, setup in SETUPS.items()},
             "solved": solved(world),
             "led": world.led(lambda: f"by {world.rank}"),
@@ -174,6 +189,13 @@ def test_two_processes_solve_for_the_map_that_one_does(pair):
     for found in pair:
         for wanted, row in zip(one, found["solved"], strict=True):
             assert row == pytest.approx(wanted, rel=1e-6, abs=1e-9)
+
+
+def test_two_processes_rank_as_one_does(pair):
+    one = json.loads(ranked(ALONE))
+    for found in pair:
+        assert numbers(json.loads(found["ranking"])) == pytest.approx(numbers(one), abs=1e-5)
+    assert pair[0]["ranking"] == pair[1]["ranking"]
 
 
 @pytest.mark.parametrize("setup", SETUPS)

@@ -74,3 +74,7 @@ def test_figures_are_drawn(similarity, tmp_path, losses):
     figures.draw_heat_map(similarity, tmp_path / "b.png", window)
     figures.draw_training(fit(losses), tmp_path / "c.png")
     assert all((tmp_path / name).read_bytes()[:4] == PNG for name in ("a.png", "b.png", "c.png"))
+    for name, other in (("same.png", window), ("outlined.png", Window(start=2, stop=4))):
+        figures.draw_similarity(similarity, tmp_path / name, window, other)
+    plain, same, outlined = ((tmp_path / name).read_bytes() for name in ("a.png", "same.png", "outlined.png"))
+    assert plain == same != outlined

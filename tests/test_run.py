@@ -20,6 +20,7 @@ FILES = {
     "recipe.yaml",
     "inputs.json",
     "similarity.json",
+    "ranking.json",
     "plan.json",
     "replacement",
     "model",
@@ -253,7 +254,7 @@ def test_planning_writes_nothing(recipe, tmp_path):
 
 def test_an_analysis_has_a_folder_of_its_own(recipe, tmp_path):
     for _ in range(2):
-        _, folder = preview.analyze_model(recipe(), quiet(tmp_path / "a"))
+        _, _, folder = preview.analyze_model(recipe(), quiet(tmp_path / "a"))
     assert {path.name for path in folder.iterdir()} == preview.ANALYSIS_FILES
     (tmp_path / "a" / "other").write_text("")
     with pytest.raises(UserError, match="holds other things"):

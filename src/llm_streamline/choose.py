@@ -5,14 +5,15 @@ from __future__ import annotations
 import re
 
 from llm_streamline.errors import UserError
+from llm_streamline.ranking import NAMES, Ranking, disagreement
 from llm_streamline.recipe import Recipe
 from llm_streamline.records import LayerPlan, ModelShape, Similarity, Window
 
 DEFAULT_REMOVE = "25%"
 
 
-def choose(similarity: Similarity, shape: ModelShape, recipe: Recipe) -> LayerPlan:
-    """The plan that the recipe asks for. Errors: UserError where no window can give it."""
+def choose(similarity: Similarity, shape: ModelShape, recipe: Recipe, ranking: Ranking | None = None) -> LayerPlan:
+    """The plan that the recipe asks for: by `ranking`, or by cosine. Errors: UserError where no window can give it."""
     if recipe.window is not None:
         window, why = _given_window(recipe, shape), "the window was given with --window"
         net = len(window) - recipe.occupied
@@ -21,9 +22,9 @@ def choose(similarity: Similarity, shape: ModelShape, recipe: Recipe) -> LayerPl
         plain = inside[0] if inside else plain
     else:
         net = net_layers(recipe, shape)
-        window = most_similar(similarity, net + recipe.occupied, recipe)
-        plain = most_similar(similarity, net, recipe)
-        why = _why(similarity, window, recipe)
+        window = ranking.winner.window if ranking else most_similar(similarity, net + recipe.occupied, recipe)
+        plain = most_similar(similarity, net, recipe) if recipe.occupied else window
+        why = why_ranked(ranking) if ranking else _why(similarity, window, recipe)
     after = parameters_after(shape, window, recipe.occupied)
     if after >= shape.total:
         raise UserError(
@@ -51,11 +52,17 @@ def choose(similarity: Similarity, shape: ModelShape, recipe: Recipe) -> LayerPl
 def check_request(shape: ModelShape, recipe: Recipe) -> range:
     """Where windows can begin. Errors: UserError, before anything is measured, for what no window can give."""
     check_protected(shape, recipe)
+    windows = candidates(shape, recipe)
+    return range(windows[0].start, windows[-1].start + 1)
+
+
+def candidates(shape: ModelShape, recipe: Recipe) -> list[Window]:
+    """The windows that the recipe leaves to choose from, one or more. Errors: UserError for what none can give."""
     if recipe.window is not None:
-        window = _given_window(recipe, shape)
-        return range(window.start, window.start + 1)
+        return [_given_window(recipe, shape)]
     length = net_layers(recipe, shape) + recipe.occupied
-    return range(recipe.protect_first, shape.num_layers - recipe.protect_last - length + 1)
+    starts = range(recipe.protect_first, shape.num_layers - recipe.protect_last - length + 1)
+    return [Window(start=start, stop=start + length) for start in starts]
 
 
 def check_protected(shape: ModelShape, recipe: Recipe) -> None:
@@ -167,4 +174,21 @@ def _why(similarity: Similarity, window: Window, recipe: Recipe) -> str:
     return (
         f"the most similar of {len(ranked)} windows of {len(window)} layers ({best}; next {second} with "
         f"{similarity.of(second):.4f} ± {similarity.error_of(second):.4f})"
+    )
+
+
+def why_ranked(ranking: Ranking) -> str:
+    """The reason for a ranked window: what decided, by how much, how surely, and what other scores would have taken."""
+    found, judged, every = ranking.winner, ranking.judged(), len(ranking.candidates)
+    score = ranking.of(found.window).of(ranking.by)
+    assert score is not None
+    most = "highest" if ranking.by == "cosine" else "least"
+    among = f"{every}" if len(judged) == every else f"{len(judged)}, the best by other scores of {every},"
+    details = [f"{score.value:.4f} ± {score.se:.4f}"]
+    if found.margin:
+        details.append(f"next {found.runner_up}, worse by {found.margin.value:.4f} ± {found.margin.se:.4f}")
+    details.append(f"the same in {found.confidence:.0%} of resamples of {ranking.sequences} sequences")
+    return (
+        f"the {most} {NAMES[ranking.by]} among {among} windows of {len(found.window)} layers ({'; '.join(details)}); "
+        f"{disagreement(ranking)}"
     )

@@ -62,13 +62,18 @@ def _summary(result: Result) -> list[str | Table]:
 
 
 def analyze(recipe: Recipe, runtime: Runtime) -> None:
-    """Measure how little every run of layers changes the hidden state."""
+    """Measure how little every run of layers changes the hidden state.
+
+    With --remove, --max-params or --select, also what each window of that length would cost, by every score.
+    """
     from llm_streamline import preview, report
 
-    similarity, folder = preview.analyze_model(recipe, runtime)
+    similarity, ranking, folder = preview.analyze_model(recipe, runtime)
     best = report.window_table(similarity, recipe.protect_first, recipe.protect_last)
     files = f"similarity.json, similarity.png and heat-map.png are in {folder}"
-    _print(runtime.json_output, similarity, [report.layer_table(similarity), best, files])
+    lines = [report.layer_table(similarity), best, *(report.ranking_lines(ranking) if ranking else []), files]
+    both = {"similarity": similarity.model_dump(), "ranking": ranking.model_dump()} if ranking else similarity
+    _print(runtime.json_output, both, lines)
 
 
 def verify(
@@ -216,6 +221,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], str, set[str] | None]] = {
         _examples(
             "llm-streamline analyze bundled --data bundled -o analysis",
             "llm-streamline analyze bundled --data bundled -o analysis --calibration-tokens 20k --json",
+            "llm-streamline analyze bundled --data bundled -o ranked --calibration-tokens 20k --remove 25%",
         ),
         ONLY_COMPRESS,
     ),

@@ -10,16 +10,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llm_streamline.checkpoint import context_length
+from llm_streamline.crossing import LOGITS, maps_at_once, matrix_bytes
 from llm_streamline.errors import UserError
 from llm_streamline.families import inner_width
 from llm_streamline.layerwise import GROUP_TOKENS
 from llm_streamline.memory import FORWARD_TOKENS, default_batch, layers_above
 from llm_streamline.offload import shard_bytes
+from llm_streamline.ranking import SHORTLIST
 from llm_streamline.records import FOLDED, Record
 from llm_streamline.text import CALIBRATION_TOKENS, DEFAULT_TOKENS, VALIDATION_TOKENS, block_length
 from llm_streamline.upper import chunk_positions
 
 if TYPE_CHECKING:
+    from llm_streamline.recipe import Recipe
     from llm_streamline.workspace import Workspace
 
 LIBRARIES = 450 * 10**6  # bytes that torch and its like take in a process that has run a model
@@ -27,8 +30,10 @@ CHECKER = 330 * 10**6  # the same in the process that checks a saved folder, whi
 STATES = 2**25  # of float32 copies while states are compared, of which two are alive
 VALIDATIONS = 6
 LOGIT_COPIES = 8  # of a chunk in float32, while its gradient is taken: measured 7 (bench/logits.py)
+RANKED_COPIES = 5  # in float32, while losses and KL are computed
 BLAME = {
     "analysis": "a smaller --block",
+    "ranking": "--select cosine, or a smaller --block",
     "closed form": "a smaller --block or --replace layer",
     "training": "--batch 1, a smaller --block or --replace none",
     "assembly": "--compute bfloat16, or a machine with more",
@@ -52,6 +57,9 @@ class Sizes:
     solved: bool  # whether it is had in closed form
     above: int  # frozen layers that the loss looks through, at most
     logits: int  # made at once for it; 0 where it looks at hidden states alone
+    ranked: int  # windows that are scored, at most
+    mapped: int  # of those, windows that linear maps are fitted for
+    asked: bool  # whether they are scored though the model's layers stay on the disk
     compute_bytes: int
     stored_bytes: int
     saved_bytes: int
@@ -139,6 +147,7 @@ def predict(sizes: Sizes, offloaded: bool, writes_offloaded: bool) -> list[Stage
     written = _assembly(sizes, model, writes_offloaded, sizes.ram)
     return [
         _analysis(sizes, model, offloaded),
+        *_ranking(sizes, model, offloaded),
         *_training(sizes, model, offloaded),
         Stage(name="assembly", on_device=False, memory=written, disk=after * sizes.saved_bytes, tokens=0),
         Stage(name="verification", on_device=False, memory=checked, disk=0, tokens=0),
@@ -157,6 +166,29 @@ def _analysis(sizes: Sizes, model: int, offloaded: bool) -> Stage:
     memory = model + states + max(passing(sizes, sizes.forward, offloaded), 2 * STATES)
     disk = group * (sizes.layers + 1)
     return Stage(name="analysis", on_device=True, memory=memory, disk=disk, tokens=sizes.calibration)
+
+
+def _ranking(sizes: Sizes, model: int, offloaded: bool) -> list[Stage]:
+    """Branches past the windows: on average half of the layers lie above one."""
+    if sizes.ranked < 2 or (offloaded and not sizes.asked):
+        return []
+    tokens, width = max(sizes.block, sizes.forward // 2), sizes.width
+    states = (2 * sizes.ranked + 1) * tokens * width * sizes.compute_bytes
+    states = max(states, _waiting(sizes, sizes.calibration, offloaded))
+    logits = RANKED_COPIES * 4 * min(LOGITS, tokens * sizes.vocabulary)
+    together = min(sizes.mapped, maps_at_once(width))
+    # second moments, what solving for a map takes besides, and the maps in float32
+    maps = together * (matrix_bytes(width) + 8 * width**2) + 4 * 8 * width**2 if together else 0
+    passes = 1 + sizes.ranked / 2 + (2 * -(-sizes.mapped // together) + sizes.mapped / 2 if together else 0)
+    return [
+        Stage(
+            name="ranking",
+            on_device=True,
+            memory=model + states + maps + max(passing(sizes, tokens, offloaded), logits),
+            disk=0,
+            tokens=int(passes * sizes.calibration),
+        )
+    ]
 
 
 def _scores(sizes: Sizes, model: int, offloaded: bool, after: int) -> Stage:
@@ -263,6 +295,7 @@ def sizes_of(work: Workspace) -> Sizes:
     depth_and_width = (shape.num_layers, config.hidden_size)
     batch = recipe.batch or default_batch((blocks, block), recipe, depth_and_width, work.memory)
     looks_through = recipe.objective.above and occupied
+    ranked = _ranked(recipe, shape.num_layers)
     return Sizes(
         total=shape.total,
         layer=layer,
@@ -275,6 +308,9 @@ def sizes_of(work: Workspace) -> Sizes:
         solved=recipe.solved,
         above=layers_above(recipe, shape.num_layers),
         logits=min(chunk_positions(batch, vocabulary), block) * batch * vocabulary if looks_through else 0,
+        ranked=ranked,
+        mapped=_mapped(recipe, ranked),
+        asked=recipe.select is not None,
         compute_bytes=work.compute_dtype.itemsize,
         stored_bytes=work.checkpoint_dtype.itemsize,
         saved_bytes=work.dtype.itemsize,
@@ -286,6 +322,18 @@ def sizes_of(work: Workspace) -> Sizes:
         validation=recipe.validation_tokens or VALIDATION_TOKENS,
         ram=work.ram,
     )
+
+
+def _ranked(recipe: Recipe, layers: int) -> int:
+    """As many windows as there are at most: those by which one net layer goes."""
+    chosen = recipe.window is not None or recipe.select == "cosine"
+    return 0 if chosen else layers - recipe.protect_first - recipe.protect_last - recipe.occupied
+
+
+def _mapped(recipe: Recipe, ranked: int) -> int:
+    if recipe.select == "replaceability":
+        return ranked
+    return min(SHORTLIST, ranked) if recipe.select in (None, "auto") and recipe.occupied else 0
 
 
 def estimate_of(work: Workspace) -> Estimate:

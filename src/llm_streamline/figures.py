@@ -13,14 +13,22 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def draw_similarity(similarity: Similarity, path: Path, chosen: Window | None = None) -> None:
-    """The paper's Figure 2: cosine between each layer's input and output, with its standard error."""
+def draw_similarity(
+    similarity: Similarity, path: Path, chosen: Window | None = None, by_cosine: Window | None = None
+) -> None:
+    """The paper's Figure 2: cosine between each layer's input and output, with its standard error.
+
+    The window that cosine would have taken is outlined where it is not the chosen one.
+    """
     figure, axes = _figure(width=7.0, height=3.6)
     layers = range(similarity.num_layers)
     cosines = similarity.of_layers()
     errors = [similarity.error_of(Window(start=layer, stop=layer + 1)) for layer in layers]
     if chosen is not None:
         axes.axvspan(chosen.start - 0.5, chosen.stop - 0.5, color="tab:orange", alpha=0.25, label=f"window {chosen}")
+        if by_cosine is not None and by_cosine != chosen:
+            ends, label = (by_cosine.start - 0.5, by_cosine.stop - 0.5), f"by cosine {by_cosine}"
+            axes.axvspan(*ends, fill=False, linestyle="--", edgecolor="tab:gray", label=label)
         axes.legend(loc="lower right")
     axes.errorbar(layers, cosines, yerr=errors, marker="o", markersize=4, linewidth=1.2, capsize=2)
     _name_outliers(axes, cosines)

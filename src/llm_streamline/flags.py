@@ -16,21 +16,7 @@ if TYPE_CHECKING:
 
 _SHORT = {"output": "-o"}
 ONLY_COMPRESS = {
-    *(
-        "remove",
-        "window",
-        "max_params",
-        "replace",
-        "init",
-        "custom_code",
-        "loss",
-        "temperature",
-        "tokens",
-        "batch",
-        "accumulate",
-        "lr",
-        "min_lr",
-    ),
+    *("window", "init", "loss", "temperature", "tokens", "batch", "accumulate", "lr", "min_lr"),
     *("weight_decay", "warmup", "clip", "dtype", "preset", "dry_run", "tracker", "tasks", "checkpoint_every", "fresh"),
     *("epochs", "cache"),
 }

@@ -17,6 +17,8 @@ from llm_streamline.comparison import compared, saved_of, units
 from llm_streamline.evaluation import EVALUATION, Evaluation
 from llm_streamline.files import write_text
 from llm_streamline.oracle import MANIFEST
+from llm_streamline.ranking import RANKING, Ranking, confidences
+from llm_streamline.ranking import table as ranking_rows
 from llm_streamline.records import Fit, LayerPlan, LinearFit, Manifest, Scores, Similarity
 
 PAGE = "report.html"
@@ -35,6 +37,7 @@ def write_report(folder: Path) -> Path:
         Similarity.read(folder / "similarity.json"),
         (folder / "recipe.yaml").read_text(encoding="utf-8"),
         Evaluation.read(folder / EVALUATION) if (folder / EVALUATION).exists() else None,
+        Ranking.read(folder / RANKING) if (folder / RANKING).exists() else None,
     )
     write_text(folder / PAGE, html)
     return folder / PAGE
@@ -46,7 +49,13 @@ def write_evaluation_report(folder: Path) -> Path:
     return folder / PAGE
 
 
-def render(manifest: Manifest, similarity: Similarity, recipe: str, found: Evaluation | None = None) -> str:
+def render(
+    manifest: Manifest,
+    similarity: Similarity,
+    recipe: str,
+    found: Evaluation | None = None,
+    ranking: Ranking | None = None,
+) -> str:
     plan, scores, fit = manifest.plan, manifest.scores, manifest.fit
     assert scores is not None  # a page of a run that is not finished is not asked for
     saved = saved_of(found) if found else None
@@ -76,6 +85,9 @@ def render(manifest: Manifest, similarity: Similarity, recipe: str, found: Evalu
         heat_map=charts.heat_map(similarity, plan.window),
         training=charts.training_chart(fit) if isinstance(fit, Fit) else None,
         similarity=similarity,
+        ranking=ranking,
+        ranked=ranking and tables.Table(*ranking_rows(ranking), names=1),
+        confidences=confidences(ranking) if ranking else "",
     )
 
 

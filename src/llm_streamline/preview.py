@@ -9,16 +9,18 @@ from llm_streamline import figures
 from llm_streamline.choose import check_protected, check_request
 from llm_streamline.errors import Dismissed, UserError
 from llm_streamline.estimate import Estimate, sizes_of
-from llm_streamline.files import remove_leftovers
+from llm_streamline.files import remove, remove_leftovers
 from llm_streamline.lock import run_lock
 from llm_streamline.parallel import World
 from llm_streamline.probe import probe, timed
+from llm_streamline.ranking import RANKING, Ranking
 from llm_streamline.recipe import Recipe, Runtime
 from llm_streamline.records import LayerPlan, Similarity
-from llm_streamline.run import check_all, decide, measure
+from llm_streamline.run import check_all, measure
+from llm_streamline.selection import decide, deciding, ranked
 from llm_streamline.workspace import RunFolder, Workspace, output_folder, own_contents
 
-ANALYSIS_FILES = {"similarity.json", "similarity.png", "heat-map.png"}
+ANALYSIS_FILES = {"similarity.json", "similarity.png", "heat-map.png", RANKING}
 
 
 def plan_only(recipe: Recipe, runtime: Runtime) -> LayerPlan:
@@ -27,10 +29,10 @@ def plan_only(recipe: Recipe, runtime: Runtime) -> LayerPlan:
         work = Workspace(recipe, runtime, world)
         world.alone(lambda: runtime.output and RunFolder.open(runtime.output, recipe, runtime.fresh))
         world.alone(lambda: check_all(work))
-        similarity = measure(work)
+        plan = decide(work, measure(work))
     if not world.first:
         raise Dismissed
-    return decide(work, similarity)
+    return plan
 
 
 def estimate_only(recipe: Recipe, runtime: Runtime) -> Estimate:
@@ -42,28 +44,49 @@ def estimate_only(recipe: Recipe, runtime: Runtime) -> Estimate:
     return timed(work.estimate, sizes, rates)
 
 
-def analyze_model(recipe: Recipe, runtime: Runtime) -> tuple[Similarity, Path]:
-    """`similarity.json` and its figures in a folder of their own. Errors: UserError for a folder that is not ours."""
+def analyze_model(recipe: Recipe, runtime: Runtime) -> tuple[Similarity, Ranking | None, Path]:
+    """`similarity.json` and its figures in a folder of their own, and where a removal is asked for, `ranking.json`.
+
+    Errors: UserError for a folder that is not ours, or what no window can give.
+    """
     untrained = recipe.model_copy(update={"replace": "none"})  # which needs no text to train on
     with ExitStack() as held:
         with World.opened(runtime.worker_timeout) as world:
             work = Workspace(untrained, runtime, world)
-            folder = world.alone(lambda: begin_analysis(work, held))
+            folder = world.alone(lambda: begin_analysis(work, recipe, held))
             similarity = measure(work)
+            ranking = ranking_of(work, recipe)
         if not world.first:
             raise Dismissed
         remove_leftovers(folder)
         similarity.write(folder / "similarity.json")
+        remove(folder / RANKING)  # of an earlier analysis, perhaps of another length
+        if ranking:
+            ranking.write(folder / RANKING)
         figures.draw_similarity(similarity, folder / "similarity.png")
         figures.draw_heat_map(similarity, folder / "heat-map.png")
-    return similarity, folder
+    return similarity, ranking, folder
 
 
-def begin_analysis(work: Workspace, held: ExitStack) -> Path:
+def ranking_of(work: Workspace, recipe: Recipe) -> Ranking | None:
+    """Of the windows that the recipe's removal leaves, unless it asks for none, or for cosine alone."""
+    if not asks_for_windows(recipe):
+        return None
+    by = work.world.led(lambda: deciding(work, recipe))
+    return by and ranked(work, recipe, by)
+
+
+def asks_for_windows(recipe: Recipe) -> bool:
+    return recipe.remove is not None or recipe.max_params is not None or recipe.select is not None
+
+
+def begin_analysis(work: Workspace, recipe: Recipe, held: ExitStack) -> Path:
     """The folder, locked until `held` ends. Errors: UserError where it is not ours, or nothing can be measured."""
     folder = output_folder(work.runtime.output or Path(f"{Path(work.recipe.model).name}-analysis"))
     held.enter_context(run_lock(folder))
     if own_contents(folder) - ANALYSIS_FILES:
         raise UserError(f"-o {folder} holds other things than an analysis; give a folder that is new or empty.")
     check_protected(work.shape, work.recipe)
+    if asks_for_windows(recipe):
+        check_request(work.shape, recipe)
     return folder

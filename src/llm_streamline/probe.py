@@ -86,6 +86,7 @@ def timed(estimate: Estimate, sizes: Sizes, rates: Rates) -> Estimate:
         "analysis": sizes.calibration * through,
         "training": (sizes.training + validated) * through + distilled,
         "closed form": (sizes.training + sizes.validation) * (through + rates.training),
+        "ranking": sum(stage.tokens for stage in estimate.stages if stage.name == "ranking") * through,
         "scores": 3 * sizes.validation * through,
     }
     stages = [stage.model_copy(update={"seconds": spent.get(stage.name)}) for stage in estimate.stages]

@@ -85,6 +85,13 @@ class Recipe(Schema):
         None,
         description="Remove as few layers as bring the model to this many parameters, e.g. 5B. Instead of --remove.",
     )
+    select: Literal["auto", "cosine", "relative", "loss", "kl", "replaceability"] | None = Field(
+        None,
+        description="What decides between the windows of one length: cosine (the paper's), relative change, loss or kl "
+        "after deletion, replaceability (what no linear map explains), or auto: the best few by these, ranked by loss "
+        "with a linear map in their place, or without one for --replace none. [default: auto, and cosine where the "
+        "model does not fit in memory]",
+    )
     protect_first: int = Field(1, ge=0, description="How many first layers no window may take.")
     protect_last: int = Field(1, ge=0, description="How many last layers no window may take.")
     replace: Annotated[str, AfterValidator(check_replace)] = Field(
@@ -163,6 +170,10 @@ class Recipe(Schema):
             raise ValueError(f"{' and '.join(given)} were given; give one of --remove, --window and --max-params")
         if self.lr is not None and self.min_lr is not None and self.min_lr > self.lr:
             raise ValueError(f"--min-lr {self.min_lr} is above --lr {self.lr}; give a smaller one")
+        if self.window is not None and self.select not in (None, "auto", "cosine"):
+            raise ValueError(
+                f"--select {self.select} was given with --window, which leaves nothing to select; give one of them"
+            )
         if self.window is not None:
             from llm_streamline.records import Window
 
@@ -279,6 +290,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 # method.md section 2: the authors' settings. Batch and steps stay ours, so that no preset is starved.
 _PAPER = {
+    "select": "cosine",
     "loss": "mse",
     "lr": 2e-4,
     "min_lr": 5e-5,

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from llm_streamline import verdict
 from llm_streamline.card import score_rows
 from llm_streamline.findings import sentence, sentences
+from llm_streamline.ranking import NAMES, Ranking, confidences, disagreement
+from llm_streamline.ranking import table as ranking_rows
 from llm_streamline.records import (
     FEWEST_EFFECTIVE,
     SIGNIFICANCE,
@@ -79,6 +81,16 @@ def window_table(similarity: Similarity, protect_first: int, protect_last: int, 
             name = f"{length} ({length / similarity.num_layers:.0%})" if rank == 0 else ""
             table.add_row(name, str(window), f"{cosine:.4f}", f"{error:.4f}", f"{similarity.change_of(window):.4f}")
     return table
+
+
+def ranking_lines(ranking: Ranking) -> list[str | Table]:
+    """What each window costs by every score, and which of them each score would take."""
+    head, rows = ranking_rows(ranking)
+    table = _table(*head)
+    for row in rows:
+        table.add_row(*row)
+    chosen = f"compress would take {ranking.winner.window}: {NAMES[ranking.by]} decides; {disagreement(ranking)}"
+    return [table, chosen, f"{confidences(ranking)}; * is what a score would take"]
 
 
 def usual_lengths(num_layers: int) -> list[int]:

@@ -18,7 +18,7 @@ from llm_streamline.assemble import Parts as ModelParts
 from llm_streamline.assemble import assemble
 from llm_streamline.cache import Cached, StateCache, cache_bytes
 from llm_streamline.card import CARD, is_licence, origin, source_files, write_card
-from llm_streamline.choose import check_request, choose
+from llm_streamline.choose import check_request
 from llm_streamline.comparison import CUT, SAVED
 from llm_streamline.errors import Dismissed, UserError
 from llm_streamline.evaluation import EVALUATION, Evaluation, Request, Result
@@ -31,6 +31,7 @@ from llm_streamline.page import PAGE, write_evaluation_report, write_report
 from llm_streamline.parallel import World
 from llm_streamline.passages import Passages, passages_of
 from llm_streamline.progress import say
+from llm_streamline.ranking import RANKING, Ranking
 from llm_streamline.recipe import Recipe, Runtime
 from llm_streamline.records import Fit, Fitted, Inputs, LayerPlan, Manifest, Scores, Similarity, Verification
 from llm_streamline.replacement import ReplacementLayers
@@ -39,6 +40,7 @@ from llm_streamline.scoring.given import Task, check_questions_fit, open_tasks
 from llm_streamline.scoring.of_run import DENSE, OWN, Standing, evaluate_run, own_questions
 from llm_streamline.scoring.perplexity import FORWARD_TOKENS as LOSS_TOKENS
 from llm_streamline.scoring.perplexity import next_token_loss
+from llm_streamline.selection import decide
 from llm_streamline.snapshot import Snapshot
 from llm_streamline.text import shuffled
 from llm_streamline.tracking import check_tracker, tracking
@@ -65,7 +67,7 @@ def compress(recipe: Recipe, runtime: Runtime | None = None) -> Result:
             folder, tasks = begun or (RunFolder(Path(), recipe, world=world), [])
             similarity = folder.stage("similarity.json", Similarity, lambda: measure(work))
             folder.stage("inputs.json", Inputs, lambda: world.led(work.inputs))
-            plan = folder.stage("plan.json", LayerPlan, lambda: world.led(lambda: decide(work, similarity)))
+            plan = folder.stage("plan.json", LayerPlan, lambda: decide(work, similarity, folder))
             say(describe(plan), work.runtime.quiet)
             world.alone(lambda: draw_choice(similarity, plan, folder))
             fit = train_replacement(work, plan, folder)
@@ -116,13 +118,6 @@ def evaluate(request: Request, runtime: Runtime) -> Evaluation:
     return found
 
 
-def decide(work: Workspace, similarity: Similarity) -> LayerPlan:
-    """Stage 2: the window. Errors: UserError where its first layers cannot give what is to stand in."""
-    plan = choose(similarity, work.shape, work.recipe)
-    work.check_replacement([plan.window.start])
-    return plan
-
-
 def check_all(work: Workspace) -> None:
     """Refuse, before anything is measured, what cannot be done. Errors: UserError."""
     work.check_replacement(check_request(work.shape, work.recipe))
@@ -155,7 +150,9 @@ def measure(work: Workspace) -> Similarity:
 
 def draw_choice(similarity: Similarity, plan: LayerPlan, folder: RunFolder) -> None:
     if not folder.has("similarity.png"):
-        figures.draw_similarity(similarity, folder.file("similarity.png"), plan.window)
+        ranking = Ranking.read(folder.path / RANKING) if folder.has(RANKING) else None
+        by_cosine = ranking.winners["cosine"].window if ranking else None
+        figures.draw_similarity(similarity, folder.file("similarity.png"), plan.window, by_cosine)
     if not folder.has("heat-map.png"):
         figures.draw_heat_map(similarity, folder.file("heat-map.png"), plan.window)
 
