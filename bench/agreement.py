@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from llm_streamline.records import Item
+from llm_streamline.answers import Item
 from llm_streamline.scoring.items import read_items
 
 TASK = """task: {name}

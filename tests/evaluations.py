@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from scipy import stats
 
+from llm_streamline.answers import Stability
 from llm_streamline.evaluation import (
     EXACT,
     Evaluation,
@@ -16,7 +17,6 @@ from llm_streamline.evaluation import (
     Writing,
     Written,
 )
-from llm_streamline.records import Stability
 
 
 def task(name="questions", right=90, items=100, metric="accuracy", group=None) -> TaskScore:

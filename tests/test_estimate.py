@@ -8,8 +8,9 @@ import torch
 
 from llm_streamline import preview, run
 from llm_streamline.errors import UserError
-from llm_streamline.estimate import predict, sizes_of
+from llm_streamline.estimate import predict
 from llm_streamline.recipe import Recipe, Runtime
+from llm_streamline.sizes import sizes_of
 from llm_streamline.workspace import Workspace
 from tests import tiny
 

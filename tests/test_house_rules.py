@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from llm_streamline.recipe import make_recipe
+from llm_streamline.recipe_file import make_recipe
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "llm_streamline"
 MODULES = sorted(path for path in SOURCE.rglob("*.py"))
 PRODUCT = [path for path in MODULES if "demo" not in path.relative_to(SOURCE).parts]
 STAGES = {"analyze", "rank", "choose", "train", "linear", "assemble", "scoring", "report", "figures", "page"}
-CONDUCTORS = {"run", "selection", "preview", "cli", "demonstration", "__init__", "__main__"}
+CONDUCTORS = {"run", "selection", "training", "preview", "cli", "demonstration", "__init__", "__main__"}
 FAMILY_NAMES = re.compile(
     r"\b(llama|opt|mistral|mixtral|qwen\w*|gemma\w*|phi3?|gpt2|gpt_neox?|bloom|falcon|olmo\w*|granite|starcoder\w*|smollm\w*|"
     r"cohere\w*|deepseek\w*|glm\w*|exaone\w*|baichuan|mamba|jamba)\b",
@@ -94,7 +94,8 @@ def test_every_module_has_its_tests():
         "quantities": "recipe",
     }
     elsewhere |= {"passages": "train", "history": "train", "interruption": "snapshot"}
-    elsewhere |= {"tracking": "run", "losses": "objective", "folding": "linear"}
+    elsewhere |= {"presets": "recipe", "recipe_file": "recipe", "sizes": "estimate", "answers": "stability"}
+    elsewhere |= {"training": "run", "tracking": "run", "losses": "objective", "folding": "linear"}
     elsewhere |= {"charts": "page", "verdict": "page"}
     elsewhere |= {"workspace": "run", "checkpoint": "cli", "records": "choose", "errors": "cli"}
     elsewhere |= {

@@ -287,7 +287,7 @@ def test_a_model_that_stays_on_the_disk_falls_to_cosine_aloud(llama_folder, text
 
 
 def test_every_preset_keeps_the_papers_choice():
-    from llm_streamline.recipe import PRESETS
+    from llm_streamline.presets import PRESETS
 
     for preset in PRESETS:
         assert Recipe(model="m", preset=preset, custom_code=True).select == "cosine"

@@ -6,8 +6,10 @@ import pytest
 import yaml
 
 from llm_streamline.errors import UserError
+from llm_streamline.presets import PRESETS
 from llm_streamline.quantities import parse_count
-from llm_streamline.recipe import PRESETS, Recipe, Runtime, changed_keys, make_recipe, to_yaml
+from llm_streamline.recipe import Recipe, Runtime
+from llm_streamline.recipe_file import changed_keys, make_recipe, to_yaml
 
 
 @pytest.mark.parametrize(

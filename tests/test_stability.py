@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from llm_streamline.answers import Item
 from llm_streamline.errors import UserError
-from llm_streamline.records import Item
 from llm_streamline.scoring.items import read_items
 from llm_streamline.scoring.stability import compare, compare_tasks, macro, weights
 

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from llm_streamline.answers import FEWEST_EFFECTIVE, SIGNIFICANCE, Stability
 from llm_streamline.evaluation import EXACT, Evaluation, Interval, ModelScore, TaskScore
-from llm_streamline.records import FEWEST_EFFECTIVE, SIGNIFICANCE, Stability
 
 DEVIATIONS = 1.96  # standard errors on either side that make a 95 % interval
 CHOSEN = "accuracy"  # the metric of multiple choice

@@ -6,23 +6,16 @@ runs (`docs/log.md`). Symbols as in `forward.py`: B sequences of T tokens in a m
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from llm_streamline.checkpoint import context_length
 from llm_streamline.crossing import LOGITS, maps_at_once, matrix_bytes
 from llm_streamline.errors import UserError
-from llm_streamline.families import inner_width
 from llm_streamline.layerwise import GROUP_TOKENS
-from llm_streamline.memory import FORWARD_TOKENS, default_batch, layers_above
 from llm_streamline.offload import shard_bytes
-from llm_streamline.ranking import SHORTLIST
-from llm_streamline.records import FOLDED, Record
-from llm_streamline.text import CALIBRATION_TOKENS, DEFAULT_TOKENS, VALIDATION_TOKENS, block_length
-from llm_streamline.upper import chunk_positions
+from llm_streamline.records import Record
+from llm_streamline.sizes import Sizes, sizes_of
 
 if TYPE_CHECKING:
-    from llm_streamline.recipe import Recipe
     from llm_streamline.workspace import Workspace
 
 LIBRARIES = 450 * 10**6  # bytes that torch and its like take in a process that has run a model
@@ -40,41 +33,6 @@ BLAME = {
     "verification": "a machine with more",
     "scores": "a smaller --block",
 }
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """The numbers that costs depend on; bytes are of one value in the format computed in, or in that stored."""
-
-    total: int  # parameters
-    layer: int  # of the largest decoder layer
-    largest: int  # of the largest single weight in one
-    layers: int
-    width: int
-    inner: int
-    vocabulary: int
-    trained: int  # parameters of the replacement, or of the layer that a map is folded into
-    solved: bool  # whether it is had in closed form
-    above: int  # frozen layers that the loss looks through, at most
-    logits: int  # made at once for it; 0 where it looks at hidden states alone
-    ranked: int  # windows that are scored, at most
-    mapped: int  # of those, windows that linear maps are fitted for
-    asked: bool  # whether they are scored though the model's layers stay on the disk
-    compute_bytes: int
-    stored_bytes: int
-    saved_bytes: int
-    block: int
-    forward: int  # tokens of a micro-batch where nothing is trained
-    batch: int  # sequences of one where something is
-    calibration: int  # tokens, as the next two
-    training: int
-    validation: int
-    ram: int  # bytes of the machine's memory
-
-    @property
-    def outside(self) -> int:
-        """Parameters that are in no decoder layer."""
-        return max(0, self.total - self.layer * self.layers)
 
 
 class Stage(Record):
@@ -283,57 +241,6 @@ def _verification(sizes: Sizes, model: int, offloaded: bool, after: int) -> int:
     waiting = model + sizes.trained * 6 + (sizes.outside * 8 if offloaded else _copied(sizes))
     checked = sizes.outside * 4 + sizes.largest * 8 if offloaded else after * 4
     return waiting + CHECKER + checked
-
-
-def sizes_of(work: Workspace) -> Sizes:
-    """The sizes of a run, with the defaults that it would take. What the text gives is not known: it may be less."""
-    recipe, shape, config = work.recipe, work.shape, work.config
-    block = block_length(recipe, context_length(config))
-    layer, occupied = max(shape.layers), recipe.occupied
-    tokens = (recipe.tokens or DEFAULT_TOKENS) * recipe.epochs
-    blocks, vocabulary = max(1, tokens // block), config.vocab_size
-    depth_and_width = (shape.num_layers, config.hidden_size)
-    batch = recipe.batch or default_batch((blocks, block), recipe, depth_and_width, work.memory)
-    looks_through = recipe.objective.above and occupied
-    ranked = _ranked(recipe, shape.num_layers)
-    return Sizes(
-        total=shape.total,
-        layer=layer,
-        largest=work.largest_weight,
-        layers=shape.num_layers,
-        width=config.hidden_size,
-        inner=inner_width(config),
-        vocabulary=vocabulary,
-        trained=(shape.network or layer) * (1 if recipe.replace == FOLDED else occupied),
-        solved=recipe.solved,
-        above=layers_above(recipe, shape.num_layers),
-        logits=min(chunk_positions(batch, vocabulary), block) * batch * vocabulary if looks_through else 0,
-        ranked=ranked,
-        mapped=_mapped(recipe, ranked),
-        asked=recipe.select is not None,
-        compute_bytes=work.compute_dtype.itemsize,
-        stored_bytes=work.checkpoint_dtype.itemsize,
-        saved_bytes=work.dtype.itemsize,
-        block=block,
-        forward=max(block, FORWARD_TOKENS // block * block),
-        batch=batch,
-        calibration=recipe.calibration_tokens or CALIBRATION_TOKENS,
-        training=0 if recipe.replace == "none" else tokens,
-        validation=recipe.validation_tokens or VALIDATION_TOKENS,
-        ram=work.ram,
-    )
-
-
-def _ranked(recipe: Recipe, layers: int) -> int:
-    """As many windows as there are at most: those by which one net layer goes."""
-    chosen = recipe.window is not None or recipe.select == "cosine"
-    return 0 if chosen else layers - recipe.protect_first - recipe.protect_last - recipe.occupied
-
-
-def _mapped(recipe: Recipe, ranked: int) -> int:
-    if recipe.select == "replaceability":
-        return ranked
-    return min(SHORTLIST, ranked) if recipe.select in (None, "auto") and recipe.occupied else 0
 
 
 def estimate_of(work: Workspace) -> Estimate:

@@ -6,8 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
+from llm_streamline.answers import Stability
 from llm_streamline.recipe import Count, Schema, as_several
-from llm_streamline.records import Fitted, LayerPlan, Record, Scores, Stability, Verification
+from llm_streamline.records import Fitted, LayerPlan, Record, Scores, Verification
 
 Interval = tuple[float, float]
 EVALUATION = "evaluation.json"

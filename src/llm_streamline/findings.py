@@ -9,9 +9,9 @@ from statistics import fmean
 from scipy import stats
 
 from llm_streamline import verdict
+from llm_streamline.answers import SIGNIFICANCE
 from llm_streamline.comparison import CUT, SAVED, Unit, compared, dense_of, is_chosen, units
 from llm_streamline.evaluation import Evaluation, ModelScore, Timing
-from llm_streamline.records import SIGNIFICANCE
 
 FINE = 0.95  # share of the accuracy that has to be kept to pass for undamaged
 WORSE_TEXT = 1.2  # times the dense model's perplexity

@@ -58,7 +58,8 @@ def with_flags(command: Callable[..., None], leave_out: set[str]) -> Callable[..
 
 
 def _recipe_flags(command: Callable[..., None], leave_out: set[str]) -> Callable[..., None]:
-    from llm_streamline.recipe import Recipe, make_recipe
+    from llm_streamline.recipe import Recipe
+    from llm_streamline.recipe_file import make_recipe
 
     def run(model: str | None = None, recipe: Path | None = None, **given: Any) -> None:
         wanted, runtime = _parted(given, Recipe)

@@ -8,7 +8,7 @@ from pathlib import Path
 from llm_streamline import figures
 from llm_streamline.choose import check_protected, check_request
 from llm_streamline.errors import Dismissed, UserError
-from llm_streamline.estimate import Estimate, sizes_of
+from llm_streamline.estimate import Estimate
 from llm_streamline.files import remove, remove_leftovers
 from llm_streamline.lock import run_lock
 from llm_streamline.parallel import World
@@ -18,6 +18,7 @@ from llm_streamline.recipe import Recipe, Runtime
 from llm_streamline.records import LayerPlan, Similarity
 from llm_streamline.run import check_all, measure
 from llm_streamline.selection import decide, deciding, ranked
+from llm_streamline.sizes import sizes_of
 from llm_streamline.workspace import RunFolder, Workspace, output_folder, own_contents
 
 ANALYSIS_FILES = {"similarity.json", "similarity.png", "heat-map.png", RANKING}

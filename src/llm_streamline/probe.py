@@ -9,12 +9,13 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from llm_streamline.estimate import VALIDATIONS, Estimate, Sizes
+from llm_streamline.estimate import VALIDATIONS, Estimate
 from llm_streamline.families import sliced_config
 from llm_streamline.forward import run_window
 from llm_streamline.moments import Moments
 from llm_streamline.records import Window
 from llm_streamline.replacement import build_replacement
+from llm_streamline.sizes import Sizes
 
 TOKENS, VOCABULARY = 1024, 128
 

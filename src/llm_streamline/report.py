@@ -7,22 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm_streamline import verdict
+from llm_streamline.answers import FEWEST_EFFECTIVE, SIGNIFICANCE, Stability
 from llm_streamline.card import score_rows
 from llm_streamline.findings import sentence, sentences
 from llm_streamline.ranking import NAMES, Ranking, confidences, disagreement
 from llm_streamline.ranking import table as ranking_rows
-from llm_streamline.records import (
-    FEWEST_EFFECTIVE,
-    SIGNIFICANCE,
-    Fit,
-    Fitted,
-    LayerPlan,
-    Scores,
-    Similarity,
-    Stability,
-    Verification,
-    Window,
-)
+from llm_streamline.records import Fit, Fitted, LayerPlan, Scores, Similarity, Verification, Window
 
 if TYPE_CHECKING:
     from rich.table import Table

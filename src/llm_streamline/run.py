@@ -7,49 +7,37 @@ import json
 from contextlib import ExitStack
 from pathlib import Path
 
-import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-from transformers import PreTrainedModel
-
 from llm_streamline import checkpoint, figures, memory
 from llm_streamline.analyze import analyze
 from llm_streamline.assemble import Parts as ModelParts
 from llm_streamline.assemble import assemble
-from llm_streamline.cache import Cached, StateCache, cache_bytes
 from llm_streamline.card import CARD, is_licence, origin, source_files, write_card
 from llm_streamline.choose import check_request
 from llm_streamline.comparison import CUT, SAVED
 from llm_streamline.errors import Dismissed, UserError
 from llm_streamline.evaluation import EVALUATION, Evaluation, Request, Result
-from llm_streamline.files import atomic, free_space, remove, sha256
+from llm_streamline.files import free_space, sha256
 from llm_streamline.forward import substituted
-from llm_streamline.linear import fit_linear, load_folded
 from llm_streamline.lock import run_lock
 from llm_streamline.oracle import MANIFEST, versions
 from llm_streamline.page import PAGE, write_evaluation_report, write_report
 from llm_streamline.parallel import World
-from llm_streamline.passages import Passages, passages_of
 from llm_streamline.progress import say
 from llm_streamline.ranking import RANKING, Ranking
 from llm_streamline.recipe import Recipe, Runtime
-from llm_streamline.records import Fit, Fitted, Inputs, LayerPlan, Manifest, Scores, Similarity, Verification
-from llm_streamline.replacement import ReplacementLayers
+from llm_streamline.records import Fitted, Inputs, LayerPlan, Manifest, Scores, Similarity, Verification
 from llm_streamline.scoring.evaluate import evaluate as evaluate_request
 from llm_streamline.scoring.given import Task, check_questions_fit, open_tasks
 from llm_streamline.scoring.of_run import DENSE, OWN, Standing, evaluate_run, own_questions
 from llm_streamline.scoring.perplexity import FORWARD_TOKENS as LOSS_TOKENS
 from llm_streamline.scoring.perplexity import next_token_loss
 from llm_streamline.selection import decide
-from llm_streamline.snapshot import Snapshot
-from llm_streamline.text import shuffled
-from llm_streamline.tracking import check_tracker, tracking
-from llm_streamline.train import Settings, Trainer, rates
+from llm_streamline.tracking import check_tracker
+from llm_streamline.train import rates
+from llm_streamline.training import load_replacement, train_replacement
 from llm_streamline.workspace import RunFolder, Workspace, output_folder
 
 NO_TASKS = "none"
-CACHE = "cache"  # states for later epochs
-SNAPSHOT = "checkpoint.safetensors"  # the state of a training that has not come to its end
 
 
 def compress(recipe: Recipe, runtime: Runtime | None = None) -> Result:
@@ -157,76 +145,6 @@ def draw_choice(similarity: Similarity, plan: LayerPlan, folder: RunFolder) -> N
         figures.draw_heat_map(similarity, folder.file("heat-map.png"), plan.window)
 
 
-def train_replacement(work: Workspace, plan: LayerPlan, folder: RunFolder) -> Fitted:
-    """Stage 3: `replacement/` with the weights, their Fit and, where trained, its figure; None where there is none."""
-    if plan.replace == "none" or work.recipe.solved:
-        return fit_linear(work, plan, folder) if work.recipe.solved else None
-    world = work.world
-    snapshot = Snapshot(folder.path / SNAPSHOT, work.runtime.checkpoint_every, world=world)
-    if fit := world.led(lambda: trained_before(folder, snapshot)):
-        return fit
-    work.share()
-    training = torch.cat([shuffled(work.parts.training, seed) for seed in epoch_seeds(work.recipe)])
-    replacement = world.attempt(lambda: work.replacement(work.model, plan.replaced()).to(work.device))
-    replacement.load_state_dict(world.led(replacement.state_dict))  # that another machine may round otherwise
-    settings = world.led(lambda: settings_of(work, training).continued(snapshot))
-    steps = -(-len(training) // (settings.batch * settings.accumulate))
-    say(
-        f"training on {training.numel():,} tokens: {steps} steps of {settings.batch * settings.accumulate} sequences "
-        f"of {training.shape[1]} tokens, learning rate {settings.lr:g} to {settings.min_lr:g}",
-        work.runtime.quiet,
-    )
-    with tracking(work) as track:
-        trainer = Trainer(work.model, plan.window, replacement, settings, work.runtime.quiet, track, snapshot)
-        trainer.source, trainer.world = source_of(work, plan, settings, folder), world
-        fit = trainer.fit(training, work.parts.validation)
-    if world.first:
-        keep_replacement(replacement, fit, folder)
-        snapshot.remove()
-        remove(folder.path / CACHE)
-    return fit
-
-
-def epoch_seeds(recipe: Recipe) -> list[int]:
-    return [recipe.seed + epoch for epoch in range(recipe.epochs)]
-
-
-def source_of(work: Workspace, plan: LayerPlan, settings: Settings, folder: RunFolder) -> Passages | None:
-    """States from the disk for later epochs, where a cache was asked for and is large enough to hold them."""
-    limit, blocks = work.runtime.cache, work.parts.training
-    if limit is None:
-        return None
-    size = cache_bytes(blocks, work.config.hidden_size, work.compute_dtype)
-    if size > limit:
-        say(f"no cache: its {size / 1e9:.3g} GB are more than --cache {limit / 1e9:.3g} GB", work.runtime.quiet)
-        return None
-    say(f"states are kept in {folder.path / CACHE} for later epochs: {size / 1e9:.3g} GB", work.runtime.quiet)
-    owner = sha256(work.inputs().model_dump_json().encode(), str(plan.window).encode(), work.compute.encode())
-    cache = StateCache(folder.path / CACHE, owner, blocks, work.config.hidden_size, work.compute_dtype)
-    stream = passages_of(work.model, plan.window, settings.autocast)
-    return Cached(work.model, plan.window, stream, cache, work.runtime.quiet)
-
-
-def settings_of(work: Workspace, training: Tensor) -> Settings:
-    shape = (work.shape.num_layers, work.config.hidden_size)
-    return Settings.resolve(work.recipe, training, shape, work.memory, work.bfloat16)
-
-
-def trained_before(folder: RunFolder, snapshot: Snapshot) -> Fit | None:
-    if not folder.has("replacement"):
-        return None
-    snapshot.remove()  # which a run that was killed in just this place has left
-    return Fit.read(folder.file("replacement/fit.json"))
-
-
-def keep_replacement(replacement: ReplacementLayers, fit: Fit, folder: RunFolder) -> None:
-    with atomic(folder.file("replacement")) as temporary:
-        temporary.mkdir()
-        save_file(replacement.state_dict(), temporary / "replacement.safetensors")
-        figures.draw_training(fit, temporary / "training.png")
-        fit.write(temporary / "fit.json")
-
-
 def assemble_model(
     work: Workspace, plan: LayerPlan, fit: Fitted, similarity: Similarity, folder: RunFolder
 ) -> Verification:
@@ -255,16 +173,6 @@ def assemble_model(
         origin=origin(work.source.path, files),
     )
     return assemble(parts, work.dtype, work.parts.validation, manifest, target)
-
-
-def load_replacement(work: Workspace, source: PreTrainedModel, plan: LayerPlan, folder: RunFolder) -> ReplacementLayers:
-    if plan.replace == "none":
-        return ReplacementLayers()
-    if plan.folded is not None:
-        return load_folded(source, plan, folder)
-    replacement = work.replacement(work.model, plan.replaced()).cpu()
-    replacement.load_state_dict(load_file(folder.file("replacement/replacement.safetensors")))
-    return replacement.requires_grad_(False)
 
 
 def score(work: Workspace, plan: LayerPlan, folder: RunFolder) -> Scores:

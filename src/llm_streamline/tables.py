@@ -8,6 +8,7 @@ from itertools import compress
 from typing import TypeVar
 
 from llm_streamline import verdict
+from llm_streamline.answers import Stability
 from llm_streamline.comparison import compared, dense_of, is_share, units
 from llm_streamline.evaluation import Evaluation, Flips, Interval, ModelScore, TextScore
 from llm_streamline.findings import (
@@ -19,7 +20,6 @@ from llm_streamline.findings import (
     times,
     weight,
 )
-from llm_streamline.records import Stability
 
 FOLD = 16  # lines beyond which a table opens on request
 _UNITS = ("bytes", "kB", "MB", "GB", "TB")

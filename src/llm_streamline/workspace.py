@@ -27,7 +27,8 @@ from llm_streamline.memory import memory_limit
 from llm_streamline.offload import is_offloaded, round_stored, stored_weights
 from llm_streamline.parallel import ALONE, World
 from llm_streamline.progress import say
-from llm_streamline.recipe import Recipe, Runtime, changed_keys, read_yaml, to_yaml
+from llm_streamline.recipe import Recipe, Runtime
+from llm_streamline.recipe_file import changed_keys, read_yaml, to_yaml
 from llm_streamline.records import FOLDED, Inputs, ModelShape, Record
 from llm_streamline.replacement import ReplacementLayers, build_replacement
 from llm_streamline.text import Parts, read_parts

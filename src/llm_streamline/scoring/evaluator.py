@@ -12,12 +12,13 @@ from typing import Any
 
 from scipy import stats
 
+from llm_streamline.answers import Item
 from llm_streamline.errors import UserError
 from llm_streamline.evaluation import EXACT, Interval, ModelScore, Request, Size, TaskScore, TextScore, Timing, Written
 from llm_streamline.files import sha256, write_text
 from llm_streamline.progress import say
 from llm_streamline.recipe import Runtime
-from llm_streamline.records import Item, Record
+from llm_streamline.records import Record
 from llm_streamline.scoring.backend import language_model
 from llm_streamline.scoring.given import Prompts, Questions, Task
 from llm_streamline.scoring.peak import process_peak

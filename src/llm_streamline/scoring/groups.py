@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from statistics import fmean
 
+from llm_streamline.answers import Stability
 from llm_streamline.evaluation import GroupScore, ModelScore, TaskScore
-from llm_streamline.records import Stability
 from llm_streamline.scoring.stability import macro
 
 

@@ -16,8 +16,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from llm_streamline.answers import Item
 from llm_streamline.errors import UserError, reason
-from llm_streamline.records import Item
 
 Tasks = dict[str, dict[str, Item]]  # by task, then by item
 _SAMPLES = re.compile(r"samples_(?P<task>.+?)_(?P<date>\d{4}-\d\d-\d\dT.*)\.jsonl")

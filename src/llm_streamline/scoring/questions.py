@@ -18,9 +18,9 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from llm_streamline.answers import Item
 from llm_streamline.errors import UserError, reason
 from llm_streamline.progress import progress
-from llm_streamline.records import Item
 from llm_streamline.scoring.perplexity import token_losses
 
 _FIELDS = ("id", "query", "choices", "gold")

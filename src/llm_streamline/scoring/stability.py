@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from llm_streamline.answers import FEWEST_EFFECTIVE, SIGNIFICANCE, Item, Stability
 from llm_streamline.errors import UserError
-from llm_streamline.records import FEWEST_EFFECTIVE, SIGNIFICANCE, Item, Stability
 from llm_streamline.scoring.items import Tasks
 
 RESAMPLES = 2000

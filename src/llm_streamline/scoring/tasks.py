@@ -18,11 +18,11 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from llm_streamline.answers import Item
 from llm_streamline.errors import UserError, reason
 from llm_streamline.evaluation import Written
 from llm_streamline.files import sha256
 from llm_streamline.progress import say
-from llm_streamline.records import Item
 from llm_streamline.scoring.items import sample_item
 from llm_streamline.scoring.samples import written_samples
 from llm_streamline.scoring.writing import check_rouge

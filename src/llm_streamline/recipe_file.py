@@ -1,0 +1,56 @@
+"""A Recipe as a YAML file, and how two recipes differ."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from llm_streamline.errors import UserError, reason
+from llm_streamline.recipe import Recipe
+
+
+def make_recipe(values: dict[str, Any], file: Path | None = None) -> Recipe:
+    """A Recipe from a preset, then a YAML file, then `values`: the later one wins. Errors: UserError."""
+    return Recipe(**{**(read_yaml(file) if file else {}), **values})
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    import yaml  # here, so that a help page does not wait for it
+
+    try:
+        values = yaml.load(file.read_text(encoding="utf-8"), Loader=_loader())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(
+            f"recipe {file} cannot be read ({reason(error)}); give a YAML file of `key: value` lines."
+        ) from error
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise UserError(f"recipe {file} holds no `key: value` lines; write for example `model: path/to/model`.")
+    return values
+
+
+def _loader() -> Any:
+    """YAML without whole numbers and dates: in YAML 1.1, `window: 21:30` is the number 1290. The schema converts."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    unwanted = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:timestamp")
+    Loader.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag not in unwanted]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    return Loader
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """Every field that has a value, in the schema's order; reads back as an equal recipe."""
+    import yaml
+
+    return yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True), sort_keys=False)
+
+
+def changed_keys(old: Recipe, new: Recipe) -> list[str]:
+    """The fields in which two recipes differ, as flags."""
+    pairs = zip(old.model_dump().items(), new.model_dump().values(), strict=True)
+    return [f"--{key.replace('_', '-')}" for (key, before), after in pairs if before != after]

@@ -1,0 +1,106 @@
+"""What stands in for the window: trained or solved for, kept in the run folder, and taken from there."""
+
+from __future__ import annotations
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from llm_streamline import figures
+from llm_streamline.cache import Cached, StateCache, cache_bytes
+from llm_streamline.files import atomic, remove, sha256
+from llm_streamline.linear import fit_linear, load_folded
+from llm_streamline.passages import Passages, passages_of
+from llm_streamline.progress import say
+from llm_streamline.recipe import Recipe
+from llm_streamline.records import Fit, Fitted, LayerPlan
+from llm_streamline.replacement import ReplacementLayers
+from llm_streamline.snapshot import Snapshot
+from llm_streamline.text import shuffled
+from llm_streamline.tracking import tracking
+from llm_streamline.train import Settings, Trainer
+from llm_streamline.workspace import RunFolder, Workspace
+
+CACHE = "cache"  # states for later epochs
+SNAPSHOT = "checkpoint.safetensors"  # the state of a training that has not come to its end
+
+
+def train_replacement(work: Workspace, plan: LayerPlan, folder: RunFolder) -> Fitted:
+    """Stage 3: `replacement/` with the weights, their Fit and, where trained, its figure; None where there is none."""
+    if plan.replace == "none" or work.recipe.solved:
+        return fit_linear(work, plan, folder) if work.recipe.solved else None
+    world = work.world
+    snapshot = Snapshot(folder.path / SNAPSHOT, work.runtime.checkpoint_every, world=world)
+    if fit := world.led(lambda: trained_before(folder, snapshot)):
+        return fit
+    work.share()
+    training = torch.cat([shuffled(work.parts.training, seed) for seed in epoch_seeds(work.recipe)])
+    replacement = world.attempt(lambda: work.replacement(work.model, plan.replaced()).to(work.device))
+    replacement.load_state_dict(world.led(replacement.state_dict))  # that another machine may round otherwise
+    settings = world.led(lambda: settings_of(work, training).continued(snapshot))
+    steps = -(-len(training) // (settings.batch * settings.accumulate))
+    say(
+        f"training on {training.numel():,} tokens: {steps} steps of {settings.batch * settings.accumulate} sequences "
+        f"of {training.shape[1]} tokens, learning rate {settings.lr:g} to {settings.min_lr:g}",
+        work.runtime.quiet,
+    )
+    with tracking(work) as track:
+        trainer = Trainer(work.model, plan.window, replacement, settings, work.runtime.quiet, track, snapshot)
+        trainer.source, trainer.world = source_of(work, plan, settings, folder), world
+        fit = trainer.fit(training, work.parts.validation)
+    if world.first:
+        keep_replacement(replacement, fit, folder)
+        snapshot.remove()
+        remove(folder.path / CACHE)
+    return fit
+
+
+def epoch_seeds(recipe: Recipe) -> list[int]:
+    return [recipe.seed + epoch for epoch in range(recipe.epochs)]
+
+
+def source_of(work: Workspace, plan: LayerPlan, settings: Settings, folder: RunFolder) -> Passages | None:
+    """States from the disk for later epochs, where a cache was asked for and is large enough to hold them."""
+    limit, blocks = work.runtime.cache, work.parts.training
+    if limit is None:
+        return None
+    size = cache_bytes(blocks, work.config.hidden_size, work.compute_dtype)
+    if size > limit:
+        say(f"no cache: its {size / 1e9:.3g} GB are more than --cache {limit / 1e9:.3g} GB", work.runtime.quiet)
+        return None
+    say(f"states are kept in {folder.path / CACHE} for later epochs: {size / 1e9:.3g} GB", work.runtime.quiet)
+    owner = sha256(work.inputs().model_dump_json().encode(), str(plan.window).encode(), work.compute.encode())
+    cache = StateCache(folder.path / CACHE, owner, blocks, work.config.hidden_size, work.compute_dtype)
+    stream = passages_of(work.model, plan.window, settings.autocast)
+    return Cached(work.model, plan.window, stream, cache, work.runtime.quiet)
+
+
+def settings_of(work: Workspace, training: Tensor) -> Settings:
+    shape = (work.shape.num_layers, work.config.hidden_size)
+    return Settings.resolve(work.recipe, training, shape, work.memory, work.bfloat16)
+
+
+def trained_before(folder: RunFolder, snapshot: Snapshot) -> Fit | None:
+    if not folder.has("replacement"):
+        return None
+    snapshot.remove()  # which a run that was killed in just this place has left
+    return Fit.read(folder.file("replacement/fit.json"))
+
+
+def keep_replacement(replacement: ReplacementLayers, fit: Fit, folder: RunFolder) -> None:
+    with atomic(folder.file("replacement")) as temporary:
+        temporary.mkdir()
+        save_file(replacement.state_dict(), temporary / "replacement.safetensors")
+        figures.draw_training(fit, temporary / "training.png")
+        fit.write(temporary / "fit.json")
+
+
+def load_replacement(work: Workspace, source: PreTrainedModel, plan: LayerPlan, folder: RunFolder) -> ReplacementLayers:
+    if plan.replace == "none":
+        return ReplacementLayers()
+    if plan.folded is not None:
+        return load_folded(source, plan, folder)
+    replacement = work.replacement(work.model, plan.replaced()).cpu()
+    replacement.load_state_dict(load_file(folder.file("replacement/replacement.safetensors")))
+    return replacement.requires_grad_(False)
