@@ -14,7 +14,8 @@ from llm_streamline.choose import check_request, net_layers, parameters_after
 from llm_streamline.families import parameter_counts
 from llm_streamline.mixture import SLIMPAJAMA
 from llm_streamline.preview import plan_only
-from llm_streamline.recipe import Recipe, Runtime, make_recipe
+from llm_streamline.recipe import Recipe, Runtime
+from llm_streamline.recipe_file import make_recipe
 from llm_streamline.records import ModelShape, Window
 from tests import tiny
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 from contextlib import suppress
 from pathlib import Path
 
@@ -29,6 +30,12 @@ def held() -> int:
     if "RssAnon:" in words:
         return int(words[words.index("RssAnon:") + 1]) * 1024
     return psutil.Process().memory_info().rss
+
+
+def release() -> None:
+    """Let go of what is kept by cycles alone: an optimizer's moments, a model that was hooked to be written."""
+    gc.collect()
+    trim()
 
 
 def trim() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 from contextlib import ExitStack
 from pathlib import Path
@@ -83,9 +82,9 @@ def finish(
     work: Workspace, folder: RunFolder, tasks: list[Task], similarity: Similarity, plan: LayerPlan, fit: Fitted
 ) -> Result:
     """What the first process does alone, once all have measured and trained."""
-    gc.collect()  # the optimizer is part of a cycle, and its moments are as large as the replacement twice
-    memory.trim()
+    memory.release()
     verification = assemble_model(work, plan, fit, similarity, folder)
+    memory.release()
     scores = folder.stage("scores.json", Scores, lambda: score(work, plan, folder))
     evaluation, news = evaluate_models(work, plan, tasks, folder)
     publish_scores(scores, evaluation, folder, news)
