@@ -1,7 +1,7 @@
 """What else may train once the replacement is there: low-rank adapters on the layers that stay, or some of them whole.
 
 The student is the model's own layers with the window replaced. It shares every frozen weight with the dense model, and
-is trained as a replacement of the whole stack is: between boundaries 0 and L, on the dense model's own states or logits.
+is trained as a replacement of the whole stack is: between boundaries 0 and L, on the dense model's states or logits.
 What comes out are changed weights under the source's names; adapters are merged, so that nothing needs peft to load.
 """
 
