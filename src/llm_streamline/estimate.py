@@ -49,6 +49,7 @@ class Sizes:
     compute_bytes: int
     stored_bytes: int
     saved_bytes: int
+    cache: int  # bytes of the states kept for later epochs
     block: int
     forward: int  # tokens of a micro-batch where nothing is trained
     batch: int  # sequences of one where something is
@@ -118,8 +119,8 @@ class Estimate(Record):
             )
         if self.disk > free:
             return (
-                f"a run of {self.model} takes about {self.disk / 1e9:.2f} GB of disk and {free / 1e9:.2f} GB are free; "
-                "free some space, or choose another output folder (-o)."
+                f"a run of {self.model} takes about {self.disk / 1e9:.2f} GB of disk and {free / 1e9:.2f} GB are free "
+                "or held by its folder; free some space, choose another output folder (-o), or leave out --cache."
             )
         return None
 
@@ -183,7 +184,7 @@ def _training(sizes: Sizes, model: int, offloaded: bool) -> list[Stage]:
             name="training",
             on_device=True,
             memory=model + waiting + cast + peak,
-            disk=(3 + 1 + 1) * sizes.trained * 4,
+            disk=(3 + 1 + 1) * sizes.trained * 4 + sizes.cache,
             tokens=sizes.training + VALIDATIONS * sizes.validation,
         )
     ]
@@ -216,22 +217,24 @@ def sizes_of(work: Workspace) -> Sizes:
     block = block_length(recipe, context_length(config))
     layer, occupied = max(shape.layers), recipe.occupied
     tokens = (recipe.tokens or DEFAULT_TOKENS) * recipe.epochs
-    blocks = max(1, tokens // block)
+    blocks, width = max(1, tokens // block), config.hidden_size
+    states = 2 * tokens // recipe.epochs * width * work.compute_dtype.itemsize
     return Sizes(
         total=shape.total,
         layer=layer,
         largest=work.largest_weight,
         layers=shape.num_layers,
-        width=config.hidden_size,
+        width=width,
         inner=inner_width(config),
         vocabulary=config.vocab_size,
         trained=(shape.network or layer) * occupied,
         compute_bytes=work.compute_dtype.itemsize,
         stored_bytes=work.checkpoint_dtype.itemsize,
         saved_bytes=work.dtype.itemsize,
+        cache=states if occupied and states <= (work.runtime.cache or 0) else 0,
         block=block,
         forward=max(block, FORWARD_TOKENS // block * block),
-        batch=recipe.batch or default_batch((blocks, block), recipe, config.hidden_size, work.memory),
+        batch=min(recipe.batch, blocks) if recipe.batch else default_batch((blocks, block), recipe, width, work.memory),
         calibration=recipe.calibration_tokens or CALIBRATION_TOKENS,
         training=tokens if occupied else 0,
         validation=recipe.validation_tokens or VALIDATION_TOKENS,

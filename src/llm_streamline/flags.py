@@ -34,7 +34,7 @@ ONLY_COMPRESS = {
     *("epochs", "cache"),
 }
 NOT_ESTIMATE = {"dry_run", "tracker", "tasks", "checkpoint_every", "worker_timeout", "fresh"}
-NOT_ESTIMATE |= {"cache", "seed", "lr", "min_lr", "clip", "warmup"}
+NOT_ESTIMATE |= {"seed", "lr", "min_lr", "clip", "warmup"}
 NOT_EVALUATE = {"tracker", "dry_run", "models", "checkpoint_every", "worker_timeout", "fresh", "cache"}
 
 
