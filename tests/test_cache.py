@@ -1,22 +1,33 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
 
+from llm_streamline import assemble as assemble_module
 from llm_streamline import cache as cache_module
-from llm_streamline import run
+from llm_streamline import oracle, run
 from llm_streamline.cache import Cached, StateCache, cache_bytes
 from llm_streamline.errors import UserError
 from llm_streamline.passages import streamed
 from llm_streamline.recipe import Recipe, Runtime
+from llm_streamline.snapshot import Snapshot
 from llm_streamline.text import shuffled
+from llm_streamline.workspace import RunFolder
 from tests import tiny
 from tests.test_train import WINDOW, same, trainer, weights
 
 BLOCKS = tiny.random_ids(12, 16)
 EPOCHS = torch.cat([shuffled(BLOCKS, seed) for seed in range(3)])
+
+
+@pytest.fixture(autouse=True)
+def used_however_slow(monkeypatch):
+    monkeypatch.setattr(cache_module, "TRIALS", 0)
 
 
 def cached(found, folder, owner="me", blocks=BLOCKS, dtype=torch.float32):
@@ -73,7 +84,7 @@ def test_a_later_process_reads_what_an_earlier_one_has_kept(tmp_path):
 def test_anothers_cache_is_refused(tmp_path):
     found = trainer()
     list(cached(found, tmp_path / "cache")[0](BLOCKS.split(2)))
-    with pytest.raises(UserError, match=r"cache holds states of another model, text or window; .* --fresh"):
+    with pytest.raises(UserError, match=r"cache holds states of another model, text, window or --compute; .* --fresh"):
         cached(found, tmp_path / "cache", owner="somebody else")
 
 
@@ -93,6 +104,7 @@ def test_a_cache_that_is_slower_is_not_used_and_that_is_said(tmp_path, capsys, m
     found = trainer()
     source, calls = cached(found, tmp_path / "cache")
     read = source.cache.read
+    monkeypatch.setattr(cache_module, "TRIALS", 3)
     monkeypatch.setattr(source.cache, "read", lambda ids: (cache_module.time.sleep(0.2), read(ids))[1])
     batches = list(EPOCHS.split(2))
     assert len(list(source(batches))) == len(batches)
@@ -107,7 +119,8 @@ def test_states_in_another_format_are_not_squeezed_in(tmp_path, capsys):
     assert sum(calls) == len(EPOCHS) and "not in torch.bfloat16" in capsys.readouterr().err
 
 
-def test_the_whole_run_with_and_without(llama_folder, text_file, tmp_path, capsys):
+def test_the_whole_run_with_and_without(llama_folder, text_file, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(assemble_module, "verify", oracle.check)
     results = []
     for name, size in (("none", None), ("cache", "1GB"), ("small", "1kB")):
         recipe = Recipe(model=str(llama_folder), data=text_file, block=32, tokens="2k", remove=2, epochs=3, batch=1)
@@ -135,3 +148,39 @@ def test_its_size_is_known_beforehand(tmp_path):
     assert file.stat().st_size == cache_bytes(BLOCKS, width, torch.float32) == 2 * 12 * 16 * width * 4
     list(source(BLOCKS.split(2)))
     assert len(json.loads((tmp_path / "cache" / "states.json").read_text())["sums"]) == 12
+
+
+@pytest.mark.parametrize("text", ['{"owner": "m', "{}", '{"owner": "me", "sums": 3}'])
+def test_a_damaged_index_is_refused(text, tmp_path):
+    found = trainer()
+    list(cached(found, tmp_path / "cache")[0](BLOCKS.split(2)))
+    (tmp_path / "cache" / "states.json").write_text(text)
+    with pytest.raises(UserError, match=r"states.json is damaged; delete .* repeat the command to continue"):
+        cached(found, tmp_path / "cache")
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "mkdir", lambda *_, **__: (_ for _ in ()).throw(OSError(errno.EROFS, "Read-only")))
+    with pytest.raises(UserError, match=r"cannot write .*states.bin"):
+        cached(trainer(), tmp_path / "cache")
+
+
+def test_a_full_disk_gets_back_what_had_been_reserved(tmp_path, monkeypatch):
+    def half(number, start, count):
+        os.ftruncate(number, count // 2)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(cache_module.os, "posix_fallocate", half)
+    with pytest.raises(UserError, match="the disk is full"):
+        cached(trainer(), tmp_path / "cache")
+    assert (tmp_path / "cache" / "states.bin").stat().st_size == 0
+
+
+def test_a_run_killed_after_its_training_leaves_no_cache(tmp_path):
+    fit = trainer().fit(BLOCKS, BLOCKS[:2])
+    folder = RunFolder(tmp_path, Recipe(model="m"))
+    (tmp_path / "replacement").mkdir()
+    fit.write(tmp_path / "replacement" / "fit.json")
+    cached(trainer(), tmp_path / "cache")
+    assert run.trained_before(folder, Snapshot(tmp_path / "checkpoint.safetensors", 1.0)) == fit
+    assert not (tmp_path / "cache").exists()

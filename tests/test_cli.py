@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -35,6 +38,18 @@ def cli(capsys, monkeypatch, tmp_path):
         return code, captured.out, captured.err
 
     return call
+
+
+def test_sigterm_is_not_taken_for_a_failure_of_what_it_stops(cli, monkeypatch):
+    from llm_streamline import checkpoint
+
+    def killed(*_, **__):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    monkeypatch.setattr(checkpoint.AutoModelForCausalLM, "from_pretrained", killed)
+    code, _, err = cli("compress", "bundled", "--data", "bundled", "-o", "out", "--quiet")
+    assert (code, err) == (143, "error: stopped; the same command continues after the last finished stage.\n")
 
 
 def help_of(*arguments: str) -> str:

@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from llm_streamline import preview, run
+from llm_streamline import files, preview, run
 from llm_streamline.errors import UserError
 from llm_streamline.estimate import predict
 from llm_streamline.recipe import Recipe, Runtime
@@ -104,6 +106,31 @@ def test_a_disk_that_cannot_hold_the_result_is_told(llama_folder):
     estimate = workspace(llama_folder).estimate
     assert estimate.problem(estimate.disk) is None
     assert "choose another output folder" in estimate.problem(estimate.disk - 1)
+
+
+def test_the_cache_counts_where_it_will_be_kept(llama_folder):
+    def disk(**runtime):
+        recipe = Recipe(model=str(llama_folder), block=32, tokens=6400, epochs=2)
+        return Workspace(recipe, Runtime(compute="float32", **runtime)).estimate.disk
+
+    states = 2 * 6400 * 32 * 4
+    assert disk(cache=states) == disk() + states
+    assert disk(cache=states - 1) == disk()
+
+
+def test_a_batch_is_at_most_the_text(llama_folder):
+    def training(batch):
+        return stages(workspace(llama_folder, tokens=6400, batch=batch))["training"].memory
+
+    assert training(200) == training(10**9)
+
+
+def test_what_an_earlier_run_has_written_is_no_want_of_space(tmp_path, monkeypatch):
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    assert files.free_space(tmp_path / "new") == 1000
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "weights").write_bytes(os.urandom(8192))
+    assert files.free_space(tmp_path) == 1000 + 8192
 
 
 def test_the_table_and_the_json_say_the_same(llama_folder, capsys):

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from llm_streamline import layerwise, run
 from llm_streamline.analyze import analyze
-from llm_streamline.checkpoint import Source, load_model
+from llm_streamline.checkpoint import Source, fingerprint, load_model
 from llm_streamline.errors import UserError
 from llm_streamline.estimate import Estimate
 from llm_streamline.families import layers_of
@@ -106,6 +106,19 @@ def test_each_layer_is_read_once_for_a_group(pair, monkeypatch):
     monkeypatch.setattr(layerwise, "onloaded", lambda layer: (read.append(id(layer)), onloaded(layer))[1])
     assert len(list(logits_of(stored, BATCHES))) == 3
     assert len(read) == len(set(read)) == tiny.LAYERS
+
+
+def test_weights_that_go_while_they_are_needed_are_missed_in_one_sentence(tmp_path):
+    folder = tiny.make_folder(tmp_path / "model", "llama")
+    model = load_model(Source(str(folder)), torch.float32, offload=tmp_path / "rewritten")
+    (folder / "model.safetensors").write_bytes(b"cut short")
+    with pytest.raises(UserError, match=r"can no longer be read .*; put them back and repeat"):
+        Layerwise(model).advance(Layerwise(model).enter([BATCHES[0]]), [0])
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"can no longer be read \(No such file"):
+        list(stored_weights(model))
+    with pytest.raises(UserError, match=r"holds no model.safetensors"):
+        fingerprint(Source(str(folder)))  # as a run that is continued does before the model is opened
 
 
 def test_groups_hold_so_many_tokens(monkeypatch):

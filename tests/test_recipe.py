@@ -19,6 +19,12 @@ def test_counts(text, count):
     assert parse_count(text) == count
 
 
+@pytest.mark.parametrize("text", ["1.5", "0.6", "1.2345k"])
+def test_half_a_count_is_refused_and_not_rounded(text):
+    with pytest.raises(UserError, match=rf"--epochs was given '{text}' .*no whole number"):
+        Recipe(model="m", epochs=text)
+
+
 def test_yaml_reads_back_as_an_equal_recipe():
     recipe = make_recipe({"model": "m", "data": ["a.txt"], "preset": "paper", "tokens": "10k"})
     assert Recipe(**yaml.safe_load(to_yaml(recipe))) == recipe

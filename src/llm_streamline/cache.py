@@ -38,7 +38,18 @@ def cache_bytes(blocks: Tensor, width: int, dtype: torch.dtype) -> int:
 
 
 def reserve(stream: IO[bytes], count: int) -> None:
-    """Give a file its bytes now: a full disk is an error here, and would be the process's end in mapped memory."""
+    """Give a file its bytes now: a full disk is an error here, and would be the process's end in mapped memory.
+
+    The error leaves it empty: some file systems would keep the bytes that they had.
+    """
+    try:
+        _reserve(stream, count)
+    except OSError:
+        stream.truncate(0)
+        raise
+
+
+def _reserve(stream: IO[bytes], count: int) -> None:
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(stream.fileno(), 0, count)
     else:
@@ -49,7 +60,8 @@ def reserve(stream: IO[bytes], count: int) -> None:
 class StateCache:
     """The states (2, T, D) of each of N blocks, found by the block's token ids.
 
-    `owner` says whose states they are: model, text, window and format. Errors: UserError on opening another's.
+    `owner` says whose states they are: model, text, window and format. Errors: UserError on opening another's, or a
+    damaged one, and for a full disk.
     """
 
     folder: Path
@@ -62,16 +74,11 @@ class StateCache:
     def __post_init__(self) -> None:
         self._places = {ids.numpy().tobytes(): place for place, ids in enumerate(self.blocks)}
         if self._index.exists():
-            kept = json.loads(self._index.read_text(encoding="utf-8"))
-            if kept["owner"] != self.owner:
-                raise UserError(
-                    f"{self.folder} holds states of another model, text or window; delete it, or begin with --fresh."
-                )
-            self.sums = {int(place): value for place, value in kept["sums"].items()}
+            self.sums = self._kept()
         shape = (len(self.blocks), 2, self.blocks.shape[1], self.width)
         count = cache_bytes(self.blocks, self.width, self.dtype)
-        self.folder.mkdir(parents=True, exist_ok=True)
         with storage_guard(self._file):
+            self.folder.mkdir(parents=True, exist_ok=True)
             if not self._file.exists() or self._file.stat().st_size != count:
                 self.sums.clear()
                 with self._file.open("wb") as stream:
@@ -86,6 +93,23 @@ class StateCache:
     @property
     def _index(self) -> Path:
         return self.folder / "states.json"
+
+    def _kept(self) -> dict[int, int]:
+        """The checksums that an earlier process has written down."""
+        try:
+            kept = json.loads(self._index.read_text(encoding="utf-8"))
+            owner, sums = kept["owner"], {int(place): int(value) for place, value in kept["sums"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(self._damaged(self._index)) from error
+        if owner != self.owner:
+            raise UserError(
+                f"{self.folder} holds states of another model, text, window or --compute; "
+                "delete it and repeat the command to continue, or begin with --fresh."
+            )
+        return sums
+
+    def _damaged(self, file: Path) -> str:
+        return f"{file} is damaged; delete {self.folder} and repeat the command to continue."
 
     def has(self, ids: Tensor) -> bool:
         """Whether every block of (B, T) token ids is there."""
@@ -106,7 +130,7 @@ class StateCache:
         places = [self._places[row.numpy().tobytes()] for row in ids.cpu()]
         for place in places:
             if self._sum(place) != self.sums[place]:
-                raise UserError(f"{self._file} is damaged; delete {self.folder} and repeat the command to continue.")
+                raise UserError(self._damaged(self._file))
         found = self._states[places]
         return found[:, 0], found[:, 1]
 

@@ -21,7 +21,7 @@ from transformers import (
 from llm_streamline.errors import UserError, reason
 from llm_streamline.families import NOT_PROVEN, family_of, layers_prefix
 from llm_streamline.files import sha256
-from llm_streamline.offload import device_map
+from llm_streamline.offload import device_map, watch_stored
 from llm_streamline.stored import open_stored
 
 BUNDLED = "bundled"
@@ -113,6 +113,7 @@ def load_model(
     check_weights(source)
     places: dict[str, Any] = {}
     if offload is not None and (found := _stored(source, config, dtype, device)) is not None:
+        watch_stored(found)
         return found.eval().requires_grad_(False)
     if offload is not None:
         places = {"device_map": device_map(without_weights(config), device), "offload_folder": offload}
@@ -134,6 +135,8 @@ def load_model(
     _refuse_other_weights(source, config, loading)
     if offload is None:
         model = model.to(device)
+    else:
+        watch_stored(model)
     return model.eval().requires_grad_(False)
 
 
@@ -222,7 +225,11 @@ def checkpoint_dtype(source: Source, config: PretrainedConfig) -> torch.dtype:
 
 
 def fingerprint(source: Source) -> str:
-    """What tells one local checkpoint from another without reading all of it; the name for one on the Hub."""
+    """What tells one local checkpoint from another without reading all of it; the name for one on the Hub.
+
+    Errors: as `check_weights`.
+    """
+    check_weights(source)
     folder = Path(source.path)
     if not folder.is_dir():
         return source.name

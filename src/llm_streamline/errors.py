@@ -55,3 +55,11 @@ class Stopped(StreamlineError):
     def __init__(self, signal: int, outlook: str) -> None:
         super().__init__(f"stopped; {outlook}.")
         self.exit_code = 128 + signal
+
+
+class Interruption(BaseException):
+    """Carries `stopped` out of whatever was going on: no `except Exception` may take it for a failure of its own."""
+
+    def __init__(self, stopped: Stopped) -> None:
+        super().__init__(str(stopped))
+        self.stopped = stopped

@@ -90,8 +90,8 @@ class Estimate(Record):
             )
         if self.disk > free:
             return (
-                f"a run of {self.model} takes about {self.disk / 1e9:.2f} GB of disk and {free / 1e9:.2f} GB are free; "
-                "free some space, or choose another output folder (-o)."
+                f"a run of {self.model} takes about {self.disk / 1e9:.2f} GB of disk and {free / 1e9:.2f} GB are free "
+                "or held by its folder; free some space, choose another output folder (-o), or leave out --cache."
             )
         return None
 
@@ -181,7 +181,7 @@ def _training(sizes: Sizes, model: int, offloaded: bool) -> list[Stage]:
             name="training",
             on_device=True,
             memory=model + waiting + cast + peak,
-            disk=(3 + 1 + 1) * sizes.trained * 4,
+            disk=(3 + 1 + 1) * sizes.trained * 4 + sizes.cache,
             tokens=sizes.training + VALIDATIONS * sizes.validation,
         )
     ]

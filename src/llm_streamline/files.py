@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -86,8 +87,13 @@ def storage_sentence(error: BaseException, target: Path) -> str:
 
 
 def free_space(folder: Path | None) -> int:
-    """Bytes free where a folder is, or would be made; here, where none is named."""
-    return shutil.disk_usage(existing_parent((folder or Path()) / "x")).free
+    """Bytes free for a folder where it is, or would be made; here, where none is named.
+
+    What it holds counts as free: an earlier run has written it, and the estimate of a run is of all that it writes.
+    """
+    own = [path.lstat() for path in folder.rglob("*")] if folder else []
+    held = sum(getattr(one, "st_blocks", 0) * 512 for one in own if not stat.S_ISDIR(one.st_mode))
+    return shutil.disk_usage(existing_parent((folder or Path()) / "x")).free + held
 
 
 def existing_parent(path: Path) -> Path:

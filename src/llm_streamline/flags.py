@@ -21,7 +21,7 @@ ONLY_COMPRESS = {
     *("epochs", "cache"),
 }
 NOT_ESTIMATE = {"dry_run", "tracker", "tasks", "checkpoint_every", "worker_timeout", "fresh"}
-NOT_ESTIMATE |= {"cache", "seed", "lr", "min_lr", "clip", "warmup", "temperature"}
+NOT_ESTIMATE |= {"seed", "lr", "min_lr", "clip", "warmup", "temperature"}
 NOT_EVALUATE = {"tracker", "dry_run", "models", "checkpoint_every", "worker_timeout", "fresh", "cache"}
 
 

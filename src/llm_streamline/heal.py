@@ -44,7 +44,7 @@ class Student(ReplacementLayers):
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
         return {name: value for name, value in self.named_parameters() if value.requires_grad}
 
-    def load_state_dict(self, state_dict: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> None:
         own = self.state_dict()
         if own.keys() != state_dict.keys():
             raise ValueError(f"weights of another student: {min(own.keys() ^ state_dict.keys())}")

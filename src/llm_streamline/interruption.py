@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from llm_streamline.errors import Stopped
+from llm_streamline.errors import Interruption, Stopped
 
 _ASKING = (signal.SIGINT, signal.SIGTERM)
 
@@ -18,10 +18,13 @@ def stop_at_once() -> Iterator[None]:
     """SIGTERM ends what runs like any error: in one sentence, with half-written files removed. Errors: Stopped."""
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise Stopped(number, "the same command continues after the last finished stage")
+        raise Interruption(Stopped(number, "the same command continues after the last finished stage"))
 
-    with _handled((signal.SIGTERM,), stop):
-        yield
+    try:
+        with _handled((signal.SIGTERM,), stop):
+            yield
+    except Interruption as interruption:
+        raise interruption.stopped from None
 
 
 @contextmanager

@@ -7,7 +7,7 @@ such a model computes in any way a model does. `onloaded` keeps a whole layer's 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 from accelerate.utils import set_module_tensor_to_device
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from llm_streamline.errors import UserError, reason
 from llm_streamline.families import family_of, layers_of
 from llm_streamline.memory import trim
 
@@ -86,15 +88,20 @@ def stored_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
                 yield f"{prefix}.{number}.{name}", value
 
 
-class Rounded(Mapping[str, Tensor]):
-    """Stored weights as a number format holds them, in the one they are asked for in."""
+class Watched(Mapping[str, Tensor]):
+    """Stored weights. Errors: UserError where their file is gone or damaged since the model was opened."""
 
-    def __init__(self, stored: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-        self._stored, self._dtype = stored, dtype
+    def __init__(self, stored: Mapping[str, Tensor]) -> None:
+        self._stored = stored
 
     def __getitem__(self, name: str) -> Tensor:
-        value = self._stored[name]
-        return value.to(self._dtype).to(value.dtype) if value.is_floating_point() else value
+        try:
+            return self._stored[name]
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"the model's weights can no longer be read ({reason(error)}); "
+                "put them back and repeat the command to continue."
+            ) from error
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._stored)
@@ -103,12 +110,33 @@ class Rounded(Mapping[str, Tensor]):
         return len(self._stored)
 
 
+class Rounded(Watched):
+    """Stored weights as a number format holds them, in the one they are asked for in."""
+
+    def __init__(self, stored: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+        super().__init__(stored)
+        self._dtype = dtype
+
+    def __getitem__(self, name: str) -> Tensor:
+        value = super().__getitem__(name)
+        return value.to(self._dtype).to(value.dtype) if value.is_floating_point() else value
+
+
+def watch_stored(model: PreTrainedModel) -> None:
+    """From now on, decoder layers that cannot be read are missed in one sentence."""
+    _through(model, Watched)
+
+
 def round_stored(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """From now on, decoder layers are loaded as `dtype` would hold them."""
+    _through(model, lambda stored: Rounded(stored, dtype))
+
+
+def _through(model: PreTrainedModel, wrap: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]) -> None:
     for layer in layers_of(model):
         for _, hook in _hooks(layer):
             if isinstance(hook, AlignDevicesHook) and hook.offload:
-                hook.weights_map = Rounded(hook.weights_map, dtype)
+                hook.weights_map = wrap(hook.weights_map)
 
 
 class _Lent(Mapping[str, Tensor]):

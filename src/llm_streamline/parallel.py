@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from llm_streamline.errors import Dismissed, StreamlineError, WorkerLost, reason
+from llm_streamline.errors import Dismissed, Interruption, StreamlineError, WorkerLost, reason
 
 T = TypeVar("T")
 # What tells a library that it is one of several processes: by the end, the first is alone and must not wait for others.
@@ -106,8 +106,8 @@ class World:
             return value
         try:
             value = act()
-        except Exception as error:
-            self.broadcast((None, getattr(error, "exit_code", 3)))
+        except (Exception, Interruption) as error:
+            self.broadcast((None, getattr(getattr(error, "stopped", error), "exit_code", 3)))
             raise
         self.broadcast((news(value), None))
         return value
@@ -124,6 +124,8 @@ class World:
             value = act()
         except StreamlineError as caught:
             error = caught
+        except Interruption as interruption:
+            error = interruption.stopped
         failures: list[Any] = [None] * self.size
         with self._watched():
             dist.all_gather_object(failures, error and (str(error), error.exit_code))

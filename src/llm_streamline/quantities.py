@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from decimal import Decimal
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
@@ -15,13 +16,16 @@ _SCALE = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 
 
 def parse_count(value: Any) -> Any:
-    """'250k' -> 250000, '1.5M' -> 1500000; whole numbers pass through. Errors: ValueError for anything else."""
+    """'250k' -> 250000, '1.5M' -> 1500000; whole numbers pass through. Errors: ValueError for anything else, as 1.5."""
     if value is None or isinstance(value, int):
         return value
     match = _COUNT.fullmatch(str(value).strip())
     if not match:
         raise ValueError(f"{value!r} is no count; write a whole number, or one with k, M or B, such as 250k")
-    return round(float(match[1]) * _SCALE[match[2].lower()])
+    count = Decimal(match[1]) * _SCALE[match[2].lower()]
+    if count != int(count):
+        raise ValueError(f"{value!r} is no whole number")
+    return int(count)
 
 
 def parse_duration(value: Any) -> Any:

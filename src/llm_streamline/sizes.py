@@ -39,6 +39,7 @@ class Sizes:
     compute_bytes: int
     stored_bytes: int
     saved_bytes: int
+    cache: int  # bytes of the states kept for later epochs
     block: int
     forward: int  # tokens of a micro-batch where nothing is trained
     batch: int  # sequences of one where something is
@@ -61,7 +62,9 @@ def sizes_of(work: Workspace) -> Sizes:
     tokens = (recipe.tokens or DEFAULT_TOKENS) * recipe.epochs
     blocks, vocabulary = max(1, tokens // block), config.vocab_size
     depth_and_width = (shape.num_layers, config.hidden_size)
-    batch = recipe.batch or default_batch((blocks, block), recipe, depth_and_width, work.memory)
+    batch = default_batch((blocks, block), recipe, depth_and_width, work.memory)
+    batch = min(recipe.batch, blocks) if recipe.batch else batch
+    states = 2 * tokens // recipe.epochs * config.hidden_size * work.compute_dtype.itemsize
     looks_through = recipe.objective.above and occupied
     ranked = _ranked(recipe, shape.num_layers)
     return Sizes(
@@ -82,6 +85,7 @@ def sizes_of(work: Workspace) -> Sizes:
         compute_bytes=work.compute_dtype.itemsize,
         stored_bytes=work.checkpoint_dtype.itemsize,
         saved_bytes=work.dtype.itemsize,
+        cache=states if occupied and states <= (work.runtime.cache or 0) else 0,
         block=block,
         forward=max(block, FORWARD_TOKENS // block * block),
         batch=batch,

@@ -51,9 +51,14 @@ def train_replacement(work: Workspace, plan: LayerPlan, folder: RunFolder) -> Fi
         fit = trainer.fit(training, work.parts.validation)
     if world.first:
         keep_replacement(replacement, fit, folder)
-        snapshot.remove()
-        remove(folder.path / CACHE)
+        forget_training(folder, snapshot)
     return fit
+
+
+def forget_training(folder: RunFolder, snapshot: Snapshot) -> None:
+    """Delete what only a training that has not come to its end needs."""
+    snapshot.remove()
+    remove(folder.path / CACHE)
 
 
 def epoch_seeds(recipe: Recipe) -> list[int]:
@@ -84,7 +89,7 @@ def settings_of(work: Workspace, training: Tensor) -> Settings:
 def trained_before(folder: RunFolder, snapshot: Snapshot) -> Fit | None:
     if not folder.has("replacement"):
         return None
-    snapshot.remove()  # which a run that was killed in just this place has left
+    forget_training(folder, snapshot)  # where a run was killed in just this place
     return Fit.read(folder.file("replacement/fit.json"))
 
 
