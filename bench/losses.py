@@ -1,7 +1,8 @@
 """One inherited layer trained by one loss after the other on the same tokens: excess loss and time.
 
 `python -m bench.losses MODEL TEXT ROWS.jsonl [--tokens 250k] [--losses nmse kl mse:0.6,kl:0.4 ...] [--lr 1e-3]` adds
-what is not yet in ROWS.jsonl; `python -m bench.losses --table ROWS.jsonl` prints the table. `none` is the window deleted.
+what is not yet in ROWS.jsonl; `python -m bench.losses --table ROWS.jsonl` prints the table. `none` is the window
+deleted.
 
 The window's two boundaries are computed once per seed and handed to every training, which is otherwise the product's
 own; time is in seconds of the processor, of the frozen layers below and all that a loss takes.
