@@ -6,6 +6,7 @@ import torch
 from llm_streamline import upper as upper_module
 from llm_streamline.cache import Cached, StateCache
 from llm_streamline.checkpoint import Source, load_model
+from llm_streamline.families import layers_of
 from llm_streamline.forward import run_window, substituted
 from llm_streamline.losses import kl, next_token
 from llm_streamline.objective import Part
@@ -202,6 +203,19 @@ def test_layers_on_the_disk_give_the_same_bits(name, loss, tmp_path, chunks):
         found.append((weights(run), [point.loss for point in fit.curve], fit.validation))
         assert is_offloaded(run.model) == (place is not None), "weights were let go of"
     assert same(found[0][0], found[1][0]) and found[0][1:] == found[1][1:]
+
+
+def test_layers_on_the_disk_are_let_go_of_and_read_again_on_the_way_back(tmp_path, monkeypatch):
+    run, read = trainer(loss="kl"), []
+    folder = tiny.make_folder(tmp_path / "model", "llama")
+    run.model = load_model(Source(str(folder)), torch.float32, offload=tmp_path / "rewritten")
+    layers = list(layers_of(run.model))
+    real = upper_module.onloaded
+    monkeypatch.setattr(upper_module, "onloaded", lambda layer: (read.append(layers.index(layer)), real(layer))[1])
+    loss = run.loss(next(run.passages([IDS])), Part("kl"))
+    assert read == [4, 5, 4, 5], "the student's, then the teacher's"
+    loss.backward()
+    assert read == [4, 5, 4, 5, 5, 4]
 
 
 def test_states_from_the_cache_give_the_same_bits(tmp_path):
