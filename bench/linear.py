@@ -1,8 +1,9 @@
 """The linear map in closed form: excess loss by tokens, by the loss that it is of, and folded or free.
 
-`python -m bench.linear MODEL TEXT [--remove 25% 42%] [--tokens 8k 32k 128k 1M]` prints Markdown. Windows, text and
-validation part are those of `compress` with the same values. The frozen layers are run once for all maps; what a map
-makes of the validation part's states then goes through the layers above the window, in float32.
+`python -m bench.linear RUN [--remove 25% 42%] [--tokens 8k 32k 128k 1M]` prints Markdown. RUN is the folder of a
+finished `compress`: its model, text, similarity and dense loss are used, and as many of its training tokens. The frozen
+layers are run once for all maps; what a map makes of the validation part's states then goes through the layers above
+the window, in float32.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ from __future__ import annotations
 import argparse
 from contextlib import ExitStack
 from itertools import product
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from llm_streamline import choose, run
+from llm_streamline import choose
 from llm_streamline.families import layers_of
 from llm_streamline.forward import at_boundary, mlp_outputs, run_until_stopped, stop_forward
 from llm_streamline.layerwise import Layerwise
@@ -22,20 +24,18 @@ from llm_streamline.linear import best_map
 from llm_streamline.moments import Moments
 from llm_streamline.progress import progress
 from llm_streamline.quantities import parse_count
-from llm_streamline.recipe import Recipe, Runtime
-from llm_streamline.records import LayerPlan
-from llm_streamline.scoring.perplexity import next_token_loss
+from llm_streamline.recipe import Recipe, Runtime, read_yaml
+from llm_streamline.records import LayerPlan, Scores, Similarity
 from llm_streamline.text import shuffled
-from llm_streamline.workspace import Workspace
+from llm_streamline.workspace import RECIPE, Workspace
 
 FORMS, LOSSES, BATCH = ("linear", "linear:free"), ("nmse", "mse"), 16
 States = dict[str, Tensor]  # by name: what the map is given, and the window's ends
 
 
 def workspace(options: argparse.Namespace, replace: str, remove: str) -> Workspace:
-    tokens = max(map(parse_count, options.tokens))
-    values = {"model": options.model, "data": options.text, "tokens": tokens, "replace": replace, "remove": remove}
-    return Workspace(Recipe(**values, custom_code=True, seed=options.seed), Runtime(compute="float32"))
+    values = {"replace": replace, "remove": remove, "custom_code": True}
+    return Workspace(Recipe(**{**read_yaml(options.run / RECIPE), **values}), Runtime(compute="float32"))
 
 
 def states(work: Workspace, plans: list[LayerPlan], ids: Tensor) -> list[States]:
@@ -68,7 +68,7 @@ def gathered(work: Workspace, plans: list[LayerPlan], blocks: Tensor, stops: lis
     sums = {key: Moments.of_widths(width, width) for key in product(range(len(plans)), LOSSES)}
     found: dict[tuple, Moments] = {}
     sizes = [stop // blocks.shape[1] for stop in stops]
-    with progress("states", blocks.numel()) as advance:
+    with progress("states", sizes[-1] * blocks.shape[1]) as advance:
         for first, last in zip([0, *sizes], sizes, strict=False):
             for ids in blocks[first:last].split(BATCH):
                 for number, one in enumerate(states(work, plans, ids)):
@@ -95,17 +95,15 @@ def excess(work: Workspace, plan: LayerPlan, kept: list[tuple[Tensor, States]], 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("model")
-    parser.add_argument("text")
+    parser.add_argument("run", type=Path)
     parser.add_argument("--remove", nargs="+", default=["25%", "42%"])
     parser.add_argument("--tokens", nargs="+", default=["8k", "32k", "128k", "1M"])
-    parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     asked = [workspace(options, *pair) for pair in product(FORMS, options.remove)]
     work = asked[0]
-    similarity = run.measure(work)
+    similarity = Similarity.read(options.run / "similarity.json")
     plans = [choose.choose(similarity, one.shape, one.recipe) for one in asked]
-    blocks, stops = shuffled(work.parts.training, options.seed), [parse_count(tokens) for tokens in options.tokens]
+    blocks, stops = shuffled(work.parts.training, work.recipe.seed), [parse_count(tokens) for tokens in options.tokens]
     found = gathered(work, plans, blocks, stops)
     kept: list[list[tuple[Tensor, States]]] = [[] for _ in plans]
     held_out = {key: Moments.of_widths(*[work.config.hidden_size] * 2) for key in product(range(len(plans)), LOSSES)}
@@ -114,7 +112,7 @@ def main() -> None:
             kept[number].append((ids, one))
             for loss in LOSSES:
                 add(held_out[number, loss], loss, one)
-    dense = next_token_loss(work.model, work.parts.validation, 8, "dense").nats
+    dense = Scores.read(options.run / "scores.json").dense.nats
     print("| window | form | loss | tokens | ridge | left | left, validation | excess, nats |\n|" + "---|" * 8)
     nothing = torch.zeros(work.config.hidden_size, work.config.hidden_size)
     for number, plan in enumerate(plans):

@@ -210,7 +210,7 @@ def _looking_through(sizes: Sizes, tokens: int, offloaded: bool) -> int:
 def _closed_form(sizes: Sizes, model: int, offloaded: bool) -> Stage:
     """In float64: two sums of products of each part of the text, what solves them, and a micro-batch's states."""
     tokens = max(sizes.block, min(sizes.forward, sizes.training))
-    waiting = 2 * _waiting(sizes, max(sizes.training, sizes.validation), offloaded)
+    waiting = 3 * _waiting(sizes, max(sizes.training, sizes.validation), offloaded)
     states = (4 * 8 + 3 * sizes.compute_bytes) * tokens * sizes.width
     solving = 10 * 8 * sizes.width**2
     return Stage(

@@ -56,15 +56,16 @@ class _Aside(nn.Module):
 
 @dataclass
 class Layerwise:
-    """Runs a model's layers on several micro-batches at once."""
+    """Runs a model's layers on several micro-batches at once. Making it runs the first one, on a token."""
 
     model: PreTrainedModel
-    _outputs: int | None = field(default=None, repr=False)
+    _outputs: int = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._outputs = returned_values(self.model)
 
     @contextmanager
     def _aside(self) -> Iterator[list[_Aside]]:
-        if self._outputs is None:
-            self._outputs = returned_values(self.model)
         layers = layers_of(self.model)
         own = list(layers)
         stand_ins = [_Aside(layer, self._outputs) for layer in own]

@@ -65,10 +65,11 @@ def window_moments(
     moments = Moments.of_widths(width, width)
     own = world.share(blocks)
     batches = own.split(reading.batch) if len(own) else ()
+    passages = passages_of(model, window, reading.autocast)  # before the hook: this may run a layer
     with ExitStack() as held:
         added = held.enter_context(mlp_outputs(model, window.start - 1)) if reading.folded else []
         advance = held.enter_context(progress("solving", own.numel(), reading.quiet))
-        for passage in passages_of(model, window, reading.autocast)(batches):
+        for passage in passages(batches):
             entering, leaving = passage.entering.double(), passage.leaving.double()
             weight = 1 / leaving.square().sum(dim=-1).clamp_min(1e-12) if reading.loss == "nmse" else None
             moments.add(added.pop(0) if reading.folded else entering, leaving - entering, weight)

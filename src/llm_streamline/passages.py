@@ -36,9 +36,9 @@ def streamed(model: PreTrainedModel, window: Window, autocast: bool) -> Passages
 
 def layer_by_layer(model: PreTrainedModel, window: Window, autocast: bool) -> Passages:
     """As `streamed`, to the bit; but each layer's weights are read once for many micro-batches."""
+    layers = Layerwise(model)
 
     def passages(batches: Sequence[Tensor]) -> Iterator[Passage]:
-        layers = Layerwise(model)
         for group in grouped(batches):
             with torch.autocast(model.device.type, torch.bfloat16, enabled=autocast):
                 flows = layers.enter(group)
