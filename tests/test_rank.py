@@ -57,6 +57,7 @@ def test_deleted_scores_equal_the_model_with_its_window_skipped(name, monkeypatc
         assert one.relative.value == pytest.approx(similarity.change_of(window), rel=1e-4)
         assert one.patched is one.replaceability is None
     assert found.winner.window == min(found.candidates, key=lambda one: one.kl.value).window
+    assert found.winners["cosine"].window == similarity.windows(2, 1, 1)[0]
     assert Ranking.model_validate_json(found.model_dump_json()) == found
 
 
@@ -206,8 +207,9 @@ def test_the_reason_says_what_decided_how_surely_and_who_disagrees():
 def test_without_a_replacement_the_cut_is_the_window():
     shape = ModelShape(name="m", model_type="t", total=160, layers=[10] * 6)
     recipe = Recipe(model="m", remove="2", replace="none")
-    plan = choose(similarity_of(tiny.make_model("llama")), shape, recipe, made("loss"))
-    assert plan.window == plan.plain_window == WINDOWS[2]
+    similarity = similarity_of(tiny.make_model("llama"))
+    plan = choose(similarity, shape, recipe, made("relative"))
+    assert plan.window == plan.plain_window == WINDOWS[0] != similarity.windows(2, 1, 1)[0]
 
 
 def test_the_table_has_every_score_and_marks_what_it_takes():
