@@ -140,8 +140,8 @@ def logits_of(model: PreTrainedModel, batches: Sequence[Tensor]) -> Iterator[Ten
     for group in grouped(batches):
         flows = layers.enter(group)
         layers.advance(flows, range(len(layers_of(model))))
-        for flow in flows:
-            yield layers.logits(flow)
+        while flows:
+            yield layers.logits(flows.pop(0))  # so that nothing of one group is left when the next begins
 
 
 def _same(one: Any, other: Any) -> bool:
