@@ -1,4 +1,4 @@
-"""Peak anonymous memory of every stage, layers on the disk, at four depths and at four times the tokens.
+"""Peak anonymous memory of every stage, layers on the disk, at four depths, and at three times the tokens.
 
 `python -m bench.depths [--figure FILE]`; `python -m bench.depths LAYERS TOKENS` measures one, in a process of its own.
 """
@@ -18,16 +18,18 @@ from typing import Any
 
 from bench.common import Finding
 
-DEPTHS, TOKENS, MORE, BOUND = (8, 16, 32, 64), 32_768, 131_072, 1.15  # modules without weights take a little each
+DEPTHS, TOKENS, BOUND = (8, 16, 32, 64), 32_768, 1.15  # modules without weights take a little each
+FEWER, MORE = 2 * TOKENS, 6 * TOKENS  # in two readings of the weights, and in six: the second finds what the first left
 
 
 def run(compute: str) -> list[Finding]:
     return findings(measured())
 
 
-def measured() -> dict[str, dict[str, int]]:
+def measured(depths: tuple[int, ...] = DEPTHS) -> dict[str, dict[str, int]]:
     """Bytes by stage, for each depth, and for the first with more tokens."""
-    cases = {f"{depth} layers": (depth, TOKENS) for depth in DEPTHS} | {"more tokens": (DEPTHS[0], MORE)}
+    cases = {f"{depth} layers": (depth, TOKENS) for depth in depths}
+    cases |= {f"{tokens} tokens": (DEPTHS[0], tokens) for tokens in (FEWER, MORE)}
     found = {}
     for name, case in cases.items():
         command = [sys.executable, "-m", "bench.depths", *map(str, case)]
@@ -38,12 +40,12 @@ def measured() -> dict[str, dict[str, int]]:
 
 
 def findings(peaks: dict[str, dict[str, int]]) -> list[Finding]:
-    first, *others = peaks.values()
-    names = list(peaks)[1:]
     rows = []
-    for name, other in zip(names, others, strict=True):
-        worst = max(other[stage] / first[stage] for stage in first)
-        rows.append(Finding(f"peak memory, {name} / {DEPTHS[0]} layers", worst, f"at most {BOUND}", worst <= BOUND))
+    pairs = [(f"{depth} layers", f"{DEPTHS[0]} layers") for depth in DEPTHS[1:]]
+    for name, base in [*pairs, (f"{MORE} tokens", f"{FEWER} tokens")]:
+        if name in peaks and base in peaks:
+            worst = max(peaks[name][stage] / peaks[base][stage] for stage in peaks[base])
+            rows.append(Finding(f"peak memory, {name} / {base}", worst, f"at most {BOUND}", worst <= BOUND))
     return rows
 
 
@@ -146,13 +148,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.depths", description=__doc__)
     parser.add_argument("case", nargs="*", type=int)
     parser.add_argument("--figure", type=Path)
+    parser.add_argument("--depths", type=int, nargs="*", default=DEPTHS, help="measure these alone")
     options = parser.parse_args()
     if options.case:
         print(json.dumps(one(*options.case)))
         return
-    peaks = measured()
+    peaks = measured(tuple(options.depths))
     print(*findings(peaks), sep="\n")
-    if options.figure:
+    if options.figure and tuple(options.depths) == DEPTHS:
         draw(peaks, options.figure)
 
 

@@ -150,7 +150,7 @@ def _ranking(sizes: Sizes, model: int, offloaded: bool) -> list[Stage]:
 
 
 def _scores(sizes: Sizes, model: int, offloaded: bool, after: int) -> Stage:
-    tokens = max(sizes.block, min(sizes.forward, 2048))
+    tokens = max(sizes.block, min(sizes.forward, 2048, sizes.validation))
     saved = 0 if offloaded else after * sizes.compute_bytes
     logits = tokens * sizes.vocabulary * (sizes.compute_bytes + 8)
     memory = model + saved + _waiting(sizes, sizes.validation, offloaded)
