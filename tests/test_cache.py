@@ -10,7 +10,7 @@ import torch
 
 from llm_streamline import assemble as assemble_module
 from llm_streamline import cache as cache_module
-from llm_streamline import oracle, run
+from llm_streamline import oracle, run, training
 from llm_streamline.cache import Cached, StateCache, cache_bytes
 from llm_streamline.errors import UserError
 from llm_streamline.passages import streamed
@@ -182,5 +182,5 @@ def test_a_run_killed_after_its_training_leaves_no_cache(tmp_path):
     (tmp_path / "replacement").mkdir()
     fit.write(tmp_path / "replacement" / "fit.json")
     cached(trainer(), tmp_path / "cache")
-    assert run.trained_before(folder, Snapshot(tmp_path / "checkpoint.safetensors", 1.0)) == fit
+    assert training.trained_before(folder, Snapshot(tmp_path / "checkpoint.safetensors", 1.0)) == fit
     assert not (tmp_path / "cache").exists()

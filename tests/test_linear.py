@@ -13,6 +13,7 @@ from llm_streamline import assemble, folding, oracle, run
 from llm_streamline.assemble import Parts, build
 from llm_streamline.errors import UserError, VerificationError
 from llm_streamline.families import layers_of, output_weights
+from llm_streamline.files import remove
 from llm_streamline.folding import FoldedLayer, check_fold, check_foldable
 from llm_streamline.forward import mlp_mapped, mlp_outputs, run_window, substituted
 from llm_streamline.linear import Reading, best_map, solve_window, window_moments
@@ -315,7 +316,7 @@ def test_a_run_that_was_stopped_is_continued_with_the_map_it_has(
     asked = recipe(llama_folder, text_file)
     first = run.compress(asked, quiet(tmp_path / "out"))
     weights = oracle.weight_hashes(Path(first.model))
-    run.remove(tmp_path / "out" / "model")
+    remove(tmp_path / "out" / "model")
     monkeypatch.setattr("llm_streamline.linear.solve_window", lambda *_: pytest.fail("solved again"))
     again = run.compress(asked, quiet(tmp_path / "out"))
     assert again == first and oracle.weight_hashes(Path(again.model)) == weights
