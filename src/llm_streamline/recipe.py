@@ -114,9 +114,9 @@ class Recipe(Schema):
     loss: Annotated[str, AfterValidator(check_loss)] = Field(
         "nmse",
         description="Distillation loss: of the states at the window's end nmse (each token's squared error over its "
-        "target's squared norm), mse (the paper's Eq. 4) or cosine; of the next-token distributions, through the frozen "
-        "layers above, kl (from the dense model's), kl:100 (over its 100 likeliest tokens) or lm (of the text itself); "
-        "or several by their share of the training tokens, mse:0.6,kl:0.4, of which the last is what is validated.",
+        "target's squared norm), mse (the paper's Eq. 4) or cosine; of the next-token distributions, through the "
+        "frozen layers above, kl (from the dense model's), kl:100 (over its 100 likeliest tokens) or lm (of the text "
+        "itself); or several by share of the training tokens, mse:0.6,kl:0.4, of which the last is what is validated.",
     )
     temperature: float = Field(1.0, gt=0, description="With --loss kl: what logits are divided by before softmax.")
     tokens: Count | None = Field(
