@@ -93,7 +93,6 @@ def test_every_module_has_its_tests():
         "preview": "run",
         "quantities": "recipe",
     }
-    elsewhere |= {"passages": "train", "history": "train", "interruption": "snapshot"}
     elsewhere |= {"presets": "recipe", "recipe_file": "recipe", "sizes": "estimate", "answers": "stability"}
     elsewhere |= {"training": "run", "tracking": "run", "losses": "objective", "folding": "linear"}
     elsewhere |= {"charts": "page", "verdict": "page"}

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from llm_streamline import assemble as assemble_module
-from llm_streamline import cli, crossing, oracle, preview, run, selection
+from llm_streamline import cli, crossing, oracle, preview, run, selection, upper
 from llm_streamline.analyze import analyze
 from llm_streamline.checkpoint import Source, load_model
 from llm_streamline.choose import choose, why_ranked
@@ -37,7 +37,7 @@ def logits_without(model, ids: torch.Tensor, window: Window) -> torch.Tensor:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_deleted_scores_equal_the_model_with_its_window_skipped(name, monkeypatch):
     model, ids = tiny.make_model(name), tiny.random_ids(5, 20)
-    monkeypatch.setattr(crossing, "LOGITS", 2 * 7 * tiny.VOCABULARY)  # seven places of two sequences at a time
+    monkeypatch.setattr(upper, "CHUNK_LOGITS", 2 * 7 * tiny.VOCABULARY)  # seven places of two sequences at a time
     found = rank(model, ids, 2, WINDOWS, "kl", quiet=True)
     similarity = analyze(model, ids, batch=2, quiet=True)
     with torch.no_grad():

@@ -16,10 +16,10 @@ from torch import Tensor
 from llm_streamline.layerwise import GROUP_TOKENS, Flow, Layerwise
 from llm_streamline.offload import is_offloaded
 from llm_streamline.records import Window
+from llm_streamline.upper import chunk_positions
 
 HALVES = range(2)  # of the sequences: what is fitted on one is judged on the other
 MATRICES = 2**30  # bytes of second moments at once; where those of one window are more, one window's
-LOGITS = 2**25  # values at once: 128 MiB in float32, of which about five copies are alive
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def judged(layers: Layerwise, one: Branched) -> Judged:
     device = one.whole.state.device
     dense = torch.zeros(sequences, dtype=torch.float64, device=device)
     loss, kl = ({window: torch.zeros_like(dense) for window in one.branches} for _ in range(2))
-    step = max(1, LOGITS // (sequences * layers.model.config.vocab_size))
+    step = chunk_positions(sequences, layers.model.config.vocab_size)
     for first in range(0, length - 1, step):
         part = slice(first, min(first + step, length - 1))
         targets = one.whole.ids[:, part.start + 1 : part.stop + 1]

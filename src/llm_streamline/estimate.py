@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from llm_streamline.crossing import LOGITS, maps_at_once, matrix_bytes
+from llm_streamline.crossing import maps_at_once, matrix_bytes
 from llm_streamline.errors import UserError
 from llm_streamline.layerwise import GROUP_TOKENS
 from llm_streamline.offload import shard_bytes
 from llm_streamline.records import Record
 from llm_streamline.sizes import Sizes, sizes_of
+from llm_streamline.upper import CHUNK_LOGITS
 
 if TYPE_CHECKING:
     from llm_streamline.workspace import Workspace
@@ -133,7 +134,7 @@ def _ranking(sizes: Sizes, model: int, offloaded: bool) -> list[Stage]:
     tokens, width = max(sizes.block, sizes.forward // 2), sizes.width
     states = (2 * sizes.ranked + 1) * tokens * width * sizes.compute_bytes
     states = max(states, _waiting(sizes, sizes.calibration, offloaded))
-    logits = RANKED_COPIES * 4 * min(LOGITS, tokens * sizes.vocabulary)
+    logits = RANKED_COPIES * 4 * min(CHUNK_LOGITS, tokens * sizes.vocabulary)
     together = min(sizes.mapped, maps_at_once(width))
     # second moments, what solving for a map takes besides, and the maps in float32
     maps = together * (matrix_bytes(width) + 8 * width**2) + 4 * 8 * width**2 if together else 0
