@@ -24,6 +24,7 @@ import torch
 from llm_streamline import choose, passages, run
 from llm_streamline.errors import UserError
 from llm_streamline.forward import Passage, run_window, substituted
+from llm_streamline.memory import alive_layers
 from llm_streamline.progress import progress
 from llm_streamline.recipe import Recipe, Runtime
 from llm_streamline.scoring.perplexity import next_token_loss
@@ -93,9 +94,8 @@ def measured(work: Workspace, similarity: Any, remembered: Remembered, dense: fl
     if recipe.replace != "none":
         training = shuffled(work.parts.training, recipe.seed)
         module = work.replacement(work.model, plan.replaced())
-        settings = Settings.resolve(
-            recipe, training, (work.shape.num_layers, work.config.hidden_size), work.memory, False
-        )
+        alive = (alive_layers(recipe, work.shape.num_layers), work.config.hidden_size)
+        settings = Settings.resolve(recipe, training, alive, work.memory, False)
         with progress("frozen layers", training.numel()) as advance:
             for ids in (*training.split(settings.batch), *validation.split(settings.batch)):
                 remembered(work.model, plan.window, ids.long())

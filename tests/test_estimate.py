@@ -167,10 +167,10 @@ def test_a_large_vocabulary_does_not_add_all_its_logits(llama_folder):
 
 
 def test_the_default_batch_leaves_room_for_the_layers_above():
-    from llm_streamline.memory import default_batch, layers_above
+    from llm_streamline.memory import alive_layers, default_batch, layers_above
 
-    blocks, shape, memory = (10**6, 2048), (32, 4096), 2**36
     near, far = (Recipe(model="m", loss=loss) for loss in ("nmse", "kl"))
-    assert default_batch(blocks, far, shape, memory) < default_batch(blocks, near, shape, memory)
+    few, many = (default_batch((10**6, 2048), 1, (alive_layers(one, 32), 4096), 2**36) for one in (far, near))
+    assert few < many
     assert layers_above(Recipe(model="m", loss="kl", window="21:30"), 32) == 2
     assert layers_above(Recipe(model="m", loss="kl", replace="none"), 32) == layers_above(near, 32) == 0

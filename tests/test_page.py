@@ -191,13 +191,24 @@ def test_hopeless_and_missing_figures_have_words_too(plan):
     assert verdict.rise(scores(), scores(saved=8.0).saved) == "more than 10 times as high"
 
 
-def test_what_one_has_to_know_is_noted(plan):
-    mlp = plan.model_copy(update={"replace": "mlp", "custom_code": True})
+def test_what_one_has_to_know_is_noted(manifest):
+    mlp = manifest.plan.model_copy(update={"replace": "mlp", "custom_code": True})
     unmoved = fit().model_copy(update={"best_step": 0})
-    text = " ".join(verdict.notes(mlp, unmoved, scores(sequences=2)))
+    noted = {"plan": mlp, "fit": unmoved, "scores": scores(sequences=2)}
+    text = " ".join(verdict.notes(manifest.model_copy(update=noted)))
     for words in ("take them as rough", "saved as it started", "attention is silent", "trust_remote_code"):
         assert words in text
-    assert verdict.notes(plan, fit(), scores()) == []
+    plain = manifest.model_copy(update={"fit": fit(), "scores": scores()})
+    assert verdict.notes(plain) == []
+    assert "saved as it was before" in verdict.notes(plain.model_copy(update={"healing": unmoved}))[0]
+
+
+def test_what_made_up_for_the_window_has_its_name(plan):
+    healed = plan.model_copy(update={"heal": "lora"})
+    alone = healed.model_copy(update={"replace": "none", "occupied": 0})
+    assert "The replacement, with healing, brings back" in verdict.judge(healed, scores()).sentences[2]
+    assert verdict.judge(alone, scores()).sentences[2].startswith("Healing brings back")
+    assert "healing, makes it worse" in verdict.judge(healed, scores(cut=3.0, saved=3.5)).sentences[2]
 
 
 def test_axes_have_round_ticks_within_their_ends():

@@ -52,6 +52,7 @@ class Parts:
     tokenizer: PreTrainedTokenizerBase | None
     notices: Sequence[Path] = ()  # the source's licence files, which go with what is made of it
     memory: int | None = None  # bytes that the check may take; a larger model is checked layer by layer
+    healed: frozenset[str] = frozenset()  # the source's tensors that do not hold what its files do
 
 
 def assemble(parts: Parts, dtype: torch.dtype, prompts: Tensor, manifest: Manifest, target: Path) -> Verification:
@@ -162,10 +163,13 @@ def _moved_weights(parts: Parts, sources: list[int]) -> tuple[dict[str, Tensor],
     replaced = parts.plan.replaced()
     new_numbers = {source: new for new, source in enumerate(sources)}
     weights: dict[str, Tensor] = {}
-    counts = dict.fromkeys(("kept", "renamed", "removed", "replaced"), 0)
+    counts = dict.fromkeys(("kept", "renamed", "removed", "replaced", *(["healed"] if parts.healed else [])), 0)
     for key, value in parts.source.state_dict().items():
         number, _, rest = key.removeprefix(prefix).partition(".")
-        if not key.startswith(prefix):
+        if key in parts.healed:
+            counts["healed"] += 1
+            weights[f"{prefix}{new_numbers[int(number)]}.{rest}"] = value
+        elif not key.startswith(prefix):
             counts["kept"] += 1
             weights[key] = value
         elif (old := int(number)) not in new_numbers:

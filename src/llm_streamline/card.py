@@ -10,7 +10,7 @@ from llm_streamline import findings, tables, verdict
 from llm_streamline.comparison import Unit, is_share, saved_of, units
 from llm_streamline.evaluation import Evaluation
 from llm_streamline.files import write_text
-from llm_streamline.records import LayerPlan, LinearFit, Manifest, Scores
+from llm_streamline.records import Fit, LayerPlan, LinearFit, Manifest, Scores
 
 CARD = "README.md"
 TEMPLATES = Path(__file__).parent / "templates"
@@ -112,10 +112,17 @@ def card_text(manifest: Manifest, evaluation: Evaluation | None = None) -> str:
         solved=verdict.solved(manifest.fit) if isinstance(manifest.fit, LinearFit) else None,
         judged=verdict.judge(plan, scores) if scores else None,
         rows=score_rows(plan, scores),
-        notes=verdict.notes(plan, manifest.fit, scores),
+        trainings=trainings(manifest),
+        notes=verdict.notes(manifest),
         recipe=yaml.safe_dump(manifest.recipe, sort_keys=False),
         command=manifest.command or "(called from Python)",
     )
+
+
+def trainings(manifest: Manifest) -> list[tuple[str, Fit]]:
+    """What was trained, in order: of the replacement, and of the rest."""
+    both = (("Training the replacement", manifest.fit), ("Healing the rest", manifest.healing))
+    return [(title, fit) for title, fit in both if isinstance(fit, Fit)]
 
 
 def metadata(manifest: Manifest, evaluation: Evaluation | None = None) -> str:

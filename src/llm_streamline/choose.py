@@ -46,6 +46,7 @@ def choose(similarity: Similarity, shape: ModelShape, recipe: Recipe, ranking: R
         plain_window=plain,
         plain_parameters=parameters_after(shape, plain, 0),
         why=why,
+        heal=recipe.heal,
     )
 
 

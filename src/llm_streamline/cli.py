@@ -51,11 +51,9 @@ def compress(recipe: Recipe, runtime: Runtime) -> None:
 def _summary(result: Result) -> list[str | Table]:
     from llm_streamline import report
 
-    plan, fit, scores = result.plan, result.fit, result.scores
-    lines = report.summary_lines(plan, fit, result.verification, Path(result.model))
     return [
-        report.summary_table(plan, scores),
-        *lines,
+        report.summary_table(result.plan, result.scores),
+        *report.summary_lines(result),
         *report.kept_lines(result.evaluation),
         f"report    {result.report}",
     ]

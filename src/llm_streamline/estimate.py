@@ -29,6 +29,7 @@ BLAME = {
     "analysis": "a smaller --block",
     "ranking": "--select cosine, or a smaller --block",
     "closed form": "a smaller --block or --replace layer",
+    "healing": "--batch 1, a smaller --block, another --heal or none",
     "training": "--batch 1, a smaller --block or --replace none",
     "assembly": "--compute bfloat16, or a machine with more",
     "verification": "a machine with more",
@@ -108,6 +109,7 @@ def predict(sizes: Sizes, offloaded: bool, writes_offloaded: bool) -> list[Stage
         _analysis(sizes, model, offloaded),
         *_ranking(sizes, model, offloaded),
         *_training(sizes, model, offloaded),
+        *_healing(sizes, model),
         Stage(name="assembly", on_device=False, memory=written, disk=after * sizes.saved_bytes, tokens=0),
         Stage(name="verification", on_device=False, memory=checked, disk=0, tokens=0),
         _scores(sizes, model, offloaded, after),
@@ -184,6 +186,24 @@ def _training(sizes: Sizes, model: int, offloaded: bool) -> list[Stage]:
             memory=model + waiting + cast + peak,
             disk=(3 + 1 + 1) * sizes.trained * 4 + sizes.cache,
             tokens=sizes.training + VALIDATIONS * sizes.validation,
+        )
+    ]
+
+
+def _healing(sizes: Sizes, model: int) -> list[Stage]:
+    """Gradients pass every layer, and the head where the loss is of logits; the dense model has run before."""
+    if not sizes.healed:
+        return []
+    step = sizes.heal_batch * sizes.block
+    weights = sizes.healed * (4 * 4 + (2 if sizes.compute_bytes == 2 else 0))
+    states = sizes.layers * _kept_for_backward(sizes, step) + sizes.heal_logits * LOGIT_COPIES * 4
+    return [
+        Stage(
+            name="healing",
+            on_device=True,
+            memory=model + weights + states,
+            disk=(3 + 1 + 1) * sizes.healed * 4,
+            tokens=sizes.healing + VALIDATIONS * sizes.validation,
         )
     ]
 

@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field
 
 from llm_streamline.answers import Stability
 from llm_streamline.recipe import Count, Schema, as_several
-from llm_streamline.records import Fitted, LayerPlan, Record, Scores, Verification
+from llm_streamline.records import Fit, Fitted, LayerPlan, Record, Scores, Verification
 
 Interval = tuple[float, float]
 EVALUATION = "evaluation.json"
@@ -250,6 +250,7 @@ class Result(Record):
 
     plan: LayerPlan
     fit: Fitted
+    healing: Fit | None = None
     scores: Scores
     verification: Verification
     model: str

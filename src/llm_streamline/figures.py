@@ -93,7 +93,7 @@ def draw_heat_map(similarity: Similarity, path: Path, chosen: Window | None = No
     _save(figure, path)
 
 
-def draw_training(fit: Fit, path: Path) -> None:
+def draw_training(fit: Fit, path: Path, title: str = "Training the replacement") -> None:
     """The paper's Figure 3: distillation loss over training, and the validation checks."""
     figure, axes = _figure(width=7.0, height=3.6)
     per_step = fit.tokens / fit.steps / 1e3
@@ -108,7 +108,7 @@ def draw_training(fit: Fit, path: Path) -> None:
     axes.set(
         xlabel="thousand tokens",
         ylabel=f"distillation loss ({fit.loss})",
-        title="Training the replacement",
+        title=title,
     )
     losses = [fit.validation_before, fit.validation_best]
     if max(losses) > 10 * min(losses):

@@ -77,15 +77,19 @@ def layers_above(recipe: Recipe, depth: int) -> int:
     return max(0, depth - recipe.protect_first - recipe.occupied - 1)
 
 
-def default_batch(blocks: tuple[int, int], recipe: Recipe, shape: tuple[int, int], memory: int) -> int:
-    """Sequences per micro-batch of training on (N, T) token ids, with a model of so many layers and such a width.
+def alive_layers(recipe: Recipe, depth: int) -> int:
+    """How many layers' inner states the gradients of a replacement need at once."""
+    return recipe.occupied + 1 + layers_above(recipe, depth)
+
+
+def default_batch(blocks: tuple[int, int], accumulate: int, alive: tuple[int, int], memory: int) -> int:
+    """Sequences per micro-batch of training on (N, T) token ids through so many layers of such a width.
 
     At least 250 steps, at most 16k tokens a step, and what a quarter of memory holds.
     """
-    (count, block), (depth, width) = blocks, shape
-    for_steps = count // (FEWEST_STEPS * recipe.accumulate)
+    (count, block), (layers, width) = blocks, alive
+    for_steps = count // (FEWEST_STEPS * accumulate)
     for_tokens = LARGEST_BATCH_TOKENS // block
     # about 64 float32 values of the model's width are alive per token and layer while it trains
-    layers = recipe.occupied + 1 + layers_above(recipe, depth)
     for_memory = memory // 4 // (block * width * 4 * 64 * layers)
     return max(1, min(for_steps, for_tokens, for_memory))

@@ -12,14 +12,14 @@ from typing import Any
 import jinja2
 
 from llm_streamline import charts, findings, scoreboard, tables, verdict
-from llm_streamline.card import TEMPLATES, score_rows
+from llm_streamline.card import TEMPLATES, score_rows, trainings
 from llm_streamline.comparison import compared, saved_of, units
 from llm_streamline.evaluation import EVALUATION, Evaluation
 from llm_streamline.files import write_text
 from llm_streamline.oracle import MANIFEST
 from llm_streamline.ranking import RANKING, Ranking, confidences
 from llm_streamline.ranking import table as ranking_rows
-from llm_streamline.records import Fit, LayerPlan, LinearFit, Manifest, Scores, Similarity
+from llm_streamline.records import LayerPlan, LinearFit, Manifest, Scores, Similarity
 
 PAGE = "report.html"
 _PARTS = {
@@ -63,14 +63,13 @@ def render(
         name=Path(plan.model).name or plan.model,
         m=manifest,
         plan=plan,
-        fit=fit if isinstance(fit, Fit) else None,
         solved=verdict.solved(fit) if isinstance(fit, LinearFit) else None,
         hooked=verdict.hooked(plan),
         scores=scores,
         column=accuracy_column(found),
         judged=verdict.judge(plan, scores),
         judged_tasks=[findings.sentence(found, saved)] if found and saved else [],
-        notes=verdict.notes(plan, fit, scores),
+        notes=verdict.notes(manifest),
         warnings=found.warnings if found else (),
         tiles=[*tiles(plan, scores), *(scoreboard.tiles(found, saved) if found and saved else [])],
         board=scoreboard.board(found) if found else None,
@@ -83,7 +82,7 @@ def render(
         recipe=recipe,
         layer_chart=charts.layer_chart(similarity, plan.window),
         heat_map=charts.heat_map(similarity, plan.window),
-        training=charts.training_chart(fit) if isinstance(fit, Fit) else None,
+        trainings=[(title, one, charts.training_chart(one)) for title, one in trainings(manifest)],
         similarity=similarity,
         ranking=ranking,
         ranked=ranking and tables.Table(*ranking_rows(ranking), names=1),
@@ -140,7 +139,7 @@ def accuracy_column(found: Evaluation | None) -> Column | None:
 def tiles(plan: LayerPlan, scores: Scores) -> list[tuple[str, str, str]]:
     """The few figures one takes away: what, how much, and what that is."""
     fewer = 1 - plan.parameters_after / plan.parameters_before
-    share = None if plan.replace == "none" else verdict.recovered(scores)
+    share = None if plan.merely_cut else verdict.recovered(scores)
     found = [
         ("layers", f"{plan.num_layers} → {plan.num_layers - plan.net}", f"{plan.net} fewer, net"),
         ("parameters", f"{-fewer:+.1%}", f"{plan.parameters_before:,} → {plan.parameters_after:,}"),
@@ -158,7 +157,7 @@ def tiles(plan: LayerPlan, scores: Scores) -> list[tuple[str, str, str]]:
 def excess_bars(plan: LayerPlan, scores: Scores) -> list[tuple[str, str, float, str]]:
     """Name, excess loss in words, length in percent and kind of a bar each for the cut and the saved model."""
     found = [("merely cut", scores.excess(scores.cut), "cut"), ("saved", scores.excess(scores.saved), "saved")]
-    if plan.replace == "none":
+    if plan.merely_cut:
         found = found[1:]
     longest = max([excess for _, excess, _ in found if excess > 0], default=1.0)
     return [(name, f"{e:+.4f}", round(100 * max(0.0, e) / longest, 2), kind) for name, e, kind in found]

@@ -50,7 +50,7 @@ def analyze_model(recipe: Recipe, runtime: Runtime) -> tuple[Similarity, Ranking
 
     Errors: UserError for a folder that is not ours, or what no window can give.
     """
-    untrained = recipe.model_copy(update={"replace": "none"})  # which needs no text to train on
+    untrained = recipe.model_copy(update={"replace": "none", "heal": "none"})  # which needs no text to train on
     with ExitStack() as held:
         with World.opened(runtime.worker_timeout) as world:
             work = Workspace(untrained, runtime, world)

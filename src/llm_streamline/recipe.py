@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from llm_streamline.errors import UserError
+from llm_streamline.heal import check_heal, parse_heal
 from llm_streamline.objective import Objective, check_loss, parse_objective
 from llm_streamline.presets import PAPER, PRESETS
 from llm_streamline.quantities import Count, Duration, Fraction, Size
@@ -130,6 +131,21 @@ class Recipe(Schema):
         description="Tokens held out to choose the best weights and report loss. "
         "[default: 32768, a tenth of a small text]",
     )
+    heal: Annotated[str, AfterValidator(check_heal)] = Field(
+        "none",
+        description="What else trains once the replacement is there, so that no layer stays as it was: lora (adapters "
+        "on all layers that stay, merged in the end), lora:8 for their rank, layers:2 (the two on either side of the "
+        "cut, whole), or all.",
+    )
+    heal_share: float = Field(
+        0.5, gt=0, lt=1, description="With --heal: its share of the training tokens; all where nothing else trains."
+    )
+    heal_loss: Annotated[str, AfterValidator(check_loss)] = Field(
+        "kl", description="With --heal: its loss, as --loss takes it, of the states after the last layer or the logits."
+    )
+    heal_lr: float | None = Field(
+        None, gt=0, description="With --heal: its peak learning rate. [default: that of training]"
+    )
     block: Count | None = Field(
         None, gt=1, description="Tokens per sequence. [default: the model's context, 2048 at most]"
     )
@@ -204,6 +220,32 @@ class Recipe(Schema):
                 "allow it with --custom-code, or use --replace mlp or layer, which load everywhere"
             )
         return self
+
+    @model_validator(mode="after")
+    def _healing_possible(self) -> Recipe:
+        fields = type(self).model_fields
+        given = [name for name in ("heal_share", "heal_loss", "heal_lr") if getattr(self, name) != fields[name].default]
+        if given and not self.heals:
+            raise ValueError(f"--{given[0].replace('_', '-')} is for --heal; give that too, or leave it out")
+        if self.heals and self.solved:
+            raise ValueError(f"--heal {self.heal} does not go with --replace {self.replace}; use another replacement")
+        return self
+
+    @property
+    def trains(self) -> bool:
+        """Whether there is anything to learn from text."""
+        return self.replace != "none" or self.heals
+
+    @property
+    def heals(self) -> bool:
+        return parse_heal(self.heal) is not None
+
+    @property
+    def healing(self) -> Recipe:
+        """The settings of healing, where this recipe's are those of the replacement's training."""
+        lr = self.heal_lr or self.lr
+        min_lr = self.min_lr if self.heal_lr is None else None
+        return self.model_copy(update={"loss": self.heal_loss, "lr": lr, "min_lr": min_lr})
 
     @property
     def objective(self) -> Objective:

@@ -125,11 +125,17 @@ class LayerPlan(Record):
     plain_window: Window
     plain_parameters: int
     why: str
+    heal: str = "none"  # what else trains
 
     @property
     def net(self) -> int:
         """Net layers removed: the window's length minus the layers its replacement occupies."""
         return len(self.window) - self.occupied
+
+    @property
+    def merely_cut(self) -> bool:
+        """Whether nothing makes up for the window."""
+        return self.replace == "none" and self.heal == "none"
 
     def sources(self) -> list[int]:
         """Per new layer the source layer it takes its weights (or its replacement's start) from."""
@@ -281,6 +287,7 @@ class Manifest(Record):
     weights: dict[str, str] = {}
     limits: list[str] = []
     fit: Fitted
+    healing: Fit | None = None
     data: dict[str, Any]
     layer_similarities: list[float]
     versions: dict[str, str]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm_streamline import verdict
@@ -12,13 +11,13 @@ from llm_streamline.card import score_rows
 from llm_streamline.findings import sentence, sentences
 from llm_streamline.ranking import NAMES, Ranking, confidences, disagreement
 from llm_streamline.ranking import table as ranking_rows
-from llm_streamline.records import Fit, Fitted, LayerPlan, Scores, Similarity, Verification, Window
+from llm_streamline.records import Fit, LayerPlan, LinearFit, Scores, Similarity, Window
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from llm_streamline.estimate import Estimate
-    from llm_streamline.evaluation import Evaluation, ModelScore
+    from llm_streamline.evaluation import Evaluation, ModelScore, Result
 
 MOST_OF_A_GROUP = 12  # tasks that the terminal lists one by one
 USUAL_SHARES = (0.125, 0.25, 0.375, 0.5)
@@ -96,27 +95,32 @@ def summary_table(plan: LayerPlan, scores: Scores) -> Table:
     return table
 
 
-def summary_lines(plan: LayerPlan, fit: Fitted, verification: Verification, folder: Path) -> list[str]:
-    """The lines after the table: parameters, training, verification, path."""
+def summary_lines(result: Result) -> list[str]:
+    """The lines after the table: parameters, training, healing, verification, path."""
+    plan, fit, verification = result.plan, result.fit, result.verification
     saved = plan.parameters_before - plan.parameters_after
     share = saved / plan.parameters_before
     lines = [
         f"removed   {plan}",
         f"parameters {plan.parameters_before:,} -> {plan.parameters_after:,} ({saved:,} fewer, {share:.1%})",
     ]
-    if isinstance(fit, Fit):
-        lines.append(
-            f"trained   {fit.trained_parameters:,} parameters on {fit.tokens:,} tokens in {fit.steps} steps; "
-            f"{fit.measure} {fit.validation_before:.5f} -> {fit.validation_best:.5f} (step {fit.best_step})"
-        )
-    elif fit:
+    trainings = {"trained": fit, "healed": result.healing}
+    lines += [f"{name:<9} {_training_line(one)}" for name, one in trainings.items() if isinstance(one, Fit)]
+    if isinstance(fit, LinearFit):
         lines.append(f"solved    {verdict.solved(fit)}")
     lines.append(
         f"verified  in a fresh process: logits within {verification.logits_error:.1e}, cached = uncached generation, "
         f"{verification.tensors} tensors, {verification.parameters:,} parameters"
     )
     lines += [f"limit     {limit}" for limit in verification.limits]
-    return [*lines, f"model     {folder}"]
+    return [*lines, f"model     {result.model}"]
+
+
+def _training_line(fit: Fit) -> str:
+    return (
+        f"{fit.trained_parameters:,} parameters on {fit.tokens:,} tokens in {fit.steps} steps; "
+        f"{fit.measure} {fit.validation_before:.5f} -> {fit.validation_best:.5f} (step {fit.best_step})"
+    )
 
 
 def stability_table(found: list[Stability]) -> Table:

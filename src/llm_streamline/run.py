@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from contextlib import ExitStack
 from pathlib import Path
+from typing import NamedTuple
 
 from llm_streamline import checkpoint, figures, memory
 from llm_streamline.analyze import analyze
@@ -17,6 +18,7 @@ from llm_streamline.errors import Dismissed, UserError
 from llm_streamline.evaluation import EVALUATION, Evaluation, Request, Result
 from llm_streamline.files import free_space, sha256
 from llm_streamline.forward import substituted
+from llm_streamline.healing import check_healing, heal, load_healed
 from llm_streamline.lock import run_lock
 from llm_streamline.oracle import MANIFEST, versions
 from llm_streamline.page import PAGE, write_evaluation_report, write_report
@@ -24,7 +26,7 @@ from llm_streamline.parallel import World
 from llm_streamline.progress import say
 from llm_streamline.ranking import RANKING, Ranking
 from llm_streamline.recipe import Recipe, Runtime
-from llm_streamline.records import Fitted, Inputs, LayerPlan, Manifest, Scores, Similarity, Verification
+from llm_streamline.records import Fit, Fitted, Inputs, LayerPlan, Manifest, Scores, Similarity, Verification
 from llm_streamline.scoring.evaluate import evaluate as evaluate_request
 from llm_streamline.scoring.given import Task, check_questions_fit, open_tasks
 from llm_streamline.scoring.of_run import DENSE, OWN, Standing, evaluate_run, own_questions
@@ -37,6 +39,14 @@ from llm_streamline.training import load_replacement, train_replacement
 from llm_streamline.workspace import RunFolder, Workspace, output_folder
 
 NO_TASKS = "none"
+
+
+class Trained(NamedTuple):
+    """The plan, and what the trainings that it asked for did."""
+
+    plan: LayerPlan
+    fit: Fitted
+    healing: Fit | None
 
 
 def compress(recipe: Recipe, runtime: Runtime | None = None) -> Result:
@@ -58,9 +68,10 @@ def compress(recipe: Recipe, runtime: Runtime | None = None) -> Result:
             say(describe(plan), work.runtime.quiet)
             world.alone(lambda: draw_choice(similarity, plan, folder))
             fit = train_replacement(work, plan, folder)
+            healing = heal(work, plan, folder)
         if not world.first:
             raise Dismissed
-        return finish(work, folder, tasks, similarity, plan, fit)
+        return finish(work, folder, tasks, similarity, Trained(plan, fit, healing))
 
 
 def begin(work: Workspace, held: ExitStack) -> tuple[RunFolder, list[Task]]:
@@ -78,12 +89,11 @@ def begin(work: Workspace, held: ExitStack) -> tuple[RunFolder, list[Task]]:
     return folder, tasks
 
 
-def finish(
-    work: Workspace, folder: RunFolder, tasks: list[Task], similarity: Similarity, plan: LayerPlan, fit: Fitted
-) -> Result:
+def finish(work: Workspace, folder: RunFolder, tasks: list[Task], similarity: Similarity, trained: Trained) -> Result:
     """What the first process does alone, once all have measured and trained."""
     memory.release()
-    verification = assemble_model(work, plan, fit, similarity, folder)
+    plan = trained.plan
+    verification = assemble_model(work, trained, similarity, folder)
     memory.release()
     scores = folder.stage("scores.json", Scores, lambda: score(work, plan, folder))
     evaluation, news = evaluate_models(work, plan, tasks, folder)
@@ -91,7 +101,8 @@ def finish(
     if news or not folder.has(PAGE):
         write_report(folder.path)
     places = {"model": str(folder.path / "model"), "report": str(folder.path / PAGE)}
-    return Result(plan=plan, fit=fit, scores=scores, verification=verification, evaluation=evaluation, **places)
+    found = {"scores": scores, "verification": verification, "evaluation": evaluation}
+    return Result(plan=plan, fit=trained.fit, healing=trained.healing, **found, **places)
 
 
 def evaluate(request: Request, runtime: Runtime) -> Evaluation:
@@ -113,6 +124,7 @@ def check_all(work: Workspace) -> None:
     if work.runtime.cache and (work.recipe.epochs == 1 or work.world.size > 1):
         raise UserError("--cache is for several epochs in one process; give --epochs 2 or more, or leave it out.")
     work.recipe.objective.check(work.config.vocab_size)
+    check_healing(work)
     work.estimate.check(free_space(work.runtime.output))
 
 
@@ -122,6 +134,8 @@ def describe(plan: LayerPlan) -> str:
     lines = [f"{plan}: {plan.why}", counts]
     if plan.replace == "mlp":
         lines.append("the mlp's attention is silent but stays: on disk, in compute and in the KV cache it is a layer")
+    if plan.heal != "none":
+        lines.append(f"the layers that stay are healed ({plan.heal}): they will not be the source's any more")
     if plan.custom_code:
         lines.append("the model will carry code of its own and load only with trust_remote_code=True")
     return "\n".join(lines)
@@ -144,11 +158,9 @@ def draw_choice(similarity: Similarity, plan: LayerPlan, folder: RunFolder) -> N
         figures.draw_heat_map(similarity, folder.file("heat-map.png"), plan.window)
 
 
-def assemble_model(
-    work: Workspace, plan: LayerPlan, fit: Fitted, similarity: Similarity, folder: RunFolder
-) -> Verification:
-    """Stage 4: `model/`, which appears only when verified."""
-    target = folder.file("model")
+def assemble_model(work: Workspace, trained: Trained, similarity: Similarity, folder: RunFolder) -> Verification:
+    """Stage 5: `model/`, which appears only when verified."""
+    target, plan = folder.file("model"), trained.plan
     if folder.has("model"):
         verification = Manifest.read(target / MANIFEST).verification
         assert verification is not None  # written before the folder got its name
@@ -156,16 +168,19 @@ def assemble_model(
     say("assembling and verifying in a fresh process", work.runtime.quiet)
     source = work.model_as_saved()
     replacement = load_replacement(work, source, plan, folder)
+    healed = load_healed(work, source, plan, replacement, folder)
     files = source_files(work.source.path)
     licences = [file for file in files if is_licence(file)]
-    parts = ModelParts(source, plan, replacement, work.tokenizer, licences, work.ram - memory.held())
+    room = work.ram - memory.held()
+    parts = ModelParts(source, plan, replacement.requires_grad_(False), work.tokenizer, licences, room, healed)
     manifest = Manifest(
         command=work.runtime.command,
         recipe=work.recipe.model_dump(mode="json", exclude_none=True),
         plan=plan,
         layer_map=plan.layer_map(),
         tensors={},
-        fit=fit,
+        fit=trained.fit,
+        healing=trained.healing,
         data=work.parts.summary(),
         layer_similarities=similarity.of_layers(),
         versions=versions(),
@@ -175,7 +190,7 @@ def assemble_model(
 
 
 def score(work: Workspace, plan: LayerPlan, folder: RunFolder) -> Scores:
-    """Stage 5: held-out loss of the source, of the source cut to the same depth, and of the saved, cast model."""
+    """Stage 6: held-out loss of the source, of the source cut to the same depth, and of the saved, cast model."""
     blocks, batch, quiet = work.parts.validation, work.batch(LOSS_TOKENS), work.runtime.quiet
     dense = next_token_loss(work.model, blocks, batch, "the dense model", quiet)
     with substituted(work.model, plan.plain_window):
@@ -205,7 +220,7 @@ def tasks_given(work: Workspace) -> tuple[str, ...]:
 def evaluate_models(
     work: Workspace, plan: LayerPlan, tasks: list[Task], folder: RunFolder
 ) -> tuple[Evaluation | None, bool]:
-    """Stage 6: the models' answers, writing and speed, and whether there is any news in them.
+    """Stage 7: the models' answers, writing and speed, and whether there is any news in them.
 
     None where nothing was to be asked; what an earlier run has asked is not asked again.
     """
@@ -229,7 +244,7 @@ def standings(work: Workspace, plan: LayerPlan, folder: RunFolder) -> dict[str, 
     saved = sha256(json.dumps(Manifest.read(target / MANIFEST).weights).encode())
     common = (work.compute, checkpoint.context_length(work.config), work.tokenizer)
     found = {DENSE: Standing(work.recipe.model, dense, *common, lambda: work.model)}
-    if plan.replace != "none":
+    if not plan.merely_cut:
         cut = sha256(dense.encode(), str(plan.plain_window).encode())
         without = lambda: substituted(work.model, plan.plain_window)  # noqa: E731
         name = f"{work.recipe.model} without {plan.plain_window}"

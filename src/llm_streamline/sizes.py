@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 
 from llm_streamline.checkpoint import context_length
 from llm_streamline.families import inner_width
-from llm_streamline.memory import FORWARD_TOKENS, default_batch, layers_above
+from llm_streamline.heal import parse_heal
+from llm_streamline.memory import FORWARD_TOKENS, alive_layers, default_batch, layers_above
 from llm_streamline.ranking import SHORTLIST
 from llm_streamline.records import FOLDED
+from llm_streamline.student import healed_parameters
 from llm_streamline.text import CALIBRATION_TOKENS, DEFAULT_TOKENS, VALIDATION_TOKENS, block_length
 from llm_streamline.upper import chunk_positions
 
@@ -30,6 +32,10 @@ class Sizes:
     inner: int
     vocabulary: int
     trained: int  # parameters of the replacement, or of the layer that a map is folded into
+    healed: int  # parameters that train once the replacement is there; as the next three, 0 where none do
+    heal_batch: int  # sequences of a micro-batch
+    heal_logits: int
+    healing: int  # tokens
     solved: bool  # whether it is had in closed form
     above: int  # frozen layers that the loss looks through, at most
     logits: int  # made at once for it; 0 where it looks at hidden states alone
@@ -61,12 +67,11 @@ def sizes_of(work: Workspace) -> Sizes:
     layer, occupied = max(shape.layers), recipe.occupied
     tokens = (recipe.tokens or DEFAULT_TOKENS) * recipe.epochs
     blocks, vocabulary = max(1, tokens // block), config.vocab_size
-    depth_and_width = (shape.num_layers, config.hidden_size)
-    batch = default_batch((blocks, block), recipe, depth_and_width, work.memory)
-    batch = min(recipe.batch, blocks) if recipe.batch else batch
+    batch = _micro_batch(work, (blocks, block), alive_layers(recipe, shape.num_layers))
     states = 2 * tokens // recipe.epochs * config.hidden_size * work.compute_dtype.itemsize
     looks_through = recipe.objective.above and occupied
     ranked = _ranked(recipe, shape.num_layers)
+    heal = _healing(work, blocks)
     return Sizes(
         total=shape.total,
         layer=layer,
@@ -76,6 +81,7 @@ def sizes_of(work: Workspace) -> Sizes:
         inner=inner_width(config),
         vocabulary=vocabulary,
         trained=(shape.network or layer) * (1 if recipe.replace == FOLDED else occupied),
+        **heal,
         solved=recipe.solved,
         above=layers_above(recipe, shape.num_layers),
         logits=min(chunk_positions(batch, vocabulary), block) * batch * vocabulary if looks_through else 0,
@@ -90,10 +96,36 @@ def sizes_of(work: Workspace) -> Sizes:
         forward=max(block, FORWARD_TOKENS // block * block),
         batch=batch,
         calibration=recipe.calibration_tokens or CALIBRATION_TOKENS,
-        training=0 if recipe.replace == "none" else tokens,
+        training=0 if recipe.replace == "none" else tokens - heal["healing"],
         validation=recipe.validation_tokens or VALIDATION_TOKENS,
         ram=work.ram,
     )
+
+
+def _micro_batch(work: Workspace, blocks: tuple[int, int], layers: int) -> int:
+    """Sequences of (N, T) token ids that pass so many layers at once while something trains."""
+    recipe, alive = work.recipe, (layers, work.config.hidden_size)
+    if recipe.batch:
+        return min(recipe.batch, blocks[0])
+    return default_batch(blocks, recipe.accumulate, alive, work.memory)
+
+
+def _healing(work: Workspace, blocks: int) -> dict[str, int]:
+    """What healing takes: parameters at most, sequences at once, logits at once, tokens."""
+    recipe, config = work.recipe, work.config
+    wanted = parse_heal(recipe.heal)
+    if wanted is None:
+        return dict.fromkeys(("healed", "heal_batch", "heal_logits", "healing"), 0)
+    block = block_length(recipe, context_length(config))
+    blocks = blocks if recipe.replace == "none" else max(1, round(blocks * recipe.heal_share))
+    batch = _micro_batch(work, (blocks, block), work.shape.num_layers)
+    positions = min(chunk_positions(batch, config.vocab_size), block) if recipe.healing.objective.above else 0
+    return {
+        "healed": healed_parameters(work.skeleton, wanted) + max(work.shape.layers) * recipe.occupied,
+        "heal_batch": batch,
+        "heal_logits": positions * batch * config.vocab_size,
+        "healing": blocks * block,
+    }
 
 
 def _ranked(recipe: Recipe, layers: int) -> int:

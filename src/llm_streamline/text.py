@@ -97,7 +97,7 @@ def _sizes(recipe: Recipe, block: int, expected: float | None) -> dict[str, int]
     wanted = {
         "validation": max(block, recipe.validation_tokens or min(VALIDATION_TOKENS, small)),
         "calibration": max(2 * block, recipe.calibration_tokens or min(CALIBRATION_TOKENS, small)),
-        "training": 0 if recipe.replace == "none" else recipe.tokens or DEFAULT_TOKENS,
+        "training": (recipe.tokens or DEFAULT_TOKENS) if recipe.trains else 0,
     }
     return {part: tokens // block for part, tokens in wanted.items()}
 
@@ -317,7 +317,7 @@ def _tell(reading: _Reading, packers: Mapping[str, _Packer], sizes: Mapping[str,
 
 def _check_enough(filled: dict[str, Tensor], recipe: Recipe, block: int) -> None:
     """Errors: UserError where a part has too few blocks, or fewer than were asked for."""
-    need = {"calibration": 2, "validation": 1, "training": 0 if recipe.replace == "none" else 1}
+    need = {"calibration": 2, "validation": 1, "training": int(recipe.trains)}
     for name, blocks in need.items():
         if len(filled[name]) < blocks:
             raise UserError(
@@ -325,7 +325,7 @@ def _check_enough(filled: dict[str, Tensor], recipe: Recipe, block: int) -> None
                 "give more text with --data or a smaller --block."
             )
     asked = {"calibration": "calibration_tokens", "validation": "validation_tokens"}
-    asked |= {} if recipe.replace == "none" else {"training": "tokens"}
+    asked |= {"training": "tokens"} if recipe.trains else {}
     for name, key in asked.items():
         tokens, have = getattr(recipe, key), filled[name].numel()
         if tokens and have < tokens // block * block:

@@ -53,12 +53,12 @@ class Settings:
     temperature: float = 1.0
 
     @classmethod
-    def resolve(cls, recipe: Recipe, training: Tensor, shape: tuple[int, int], memory: int, autocast: bool) -> Settings:
-        """What the recipe leaves open is decided from the text, the model's depth and width, and the memory."""
-        lr, min_lr = rates(recipe, shape[1])
+    def resolve(cls, recipe: Recipe, training: Tensor, alive: tuple[int, int], memory: int, autocast: bool) -> Settings:
+        """What the recipe leaves open is decided from the text, the layers alive and their width, and the memory."""
+        lr, min_lr = rates(recipe, alive[1])
         return cls(
             loss=recipe.loss,
-            batch=recipe.batch or default_batch((len(training), training.shape[1]), recipe, shape, memory),
+            batch=recipe.batch or default_batch((len(training), training.shape[1]), recipe.accumulate, alive, memory),
             accumulate=recipe.accumulate,
             lr=lr,
             min_lr=min_lr,

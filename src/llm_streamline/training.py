@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -9,8 +11,10 @@ from transformers import PreTrainedModel
 
 from llm_streamline import figures
 from llm_streamline.cache import Cached, StateCache, cache_bytes
+from llm_streamline.errors import UserError
 from llm_streamline.files import atomic, remove, sha256
 from llm_streamline.linear import fit_linear, load_folded
+from llm_streamline.memory import alive_layers
 from llm_streamline.passages import Passages, passages_of
 from llm_streamline.progress import say
 from llm_streamline.recipe import Recipe
@@ -32,27 +36,49 @@ def train_replacement(work: Workspace, plan: LayerPlan, folder: RunFolder) -> Fi
         return fit_linear(work, plan, folder) if work.recipe.solved else None
     world = work.world
     snapshot = Snapshot(folder.path / SNAPSHOT, work.runtime.checkpoint_every, world=world)
-    if fit := world.led(lambda: trained_before(folder, snapshot)):
+    if fit := world.led(lambda: trained_before(folder, snapshot, "replacement")):
         return fit
-    work.share()
-    training = torch.cat([shuffled(work.parts.training, seed) for seed in epoch_seeds(work.recipe)])
+    training, _ = lessons(work)
     replacement = world.attempt(lambda: work.replacement(work.model, plan.replaced()).to(work.device))
     replacement.load_state_dict(world.led(replacement.state_dict))  # that another machine may round otherwise
     settings = world.led(lambda: settings_of(work, training).continued(snapshot))
-    steps = -(-len(training) // (settings.batch * settings.accumulate))
-    say(
-        f"training on {training.numel():,} tokens: {steps} steps of {settings.batch * settings.accumulate} sequences "
-        f"of {training.shape[1]} tokens, learning rate {settings.lr:g} to {settings.min_lr:g}",
-        work.runtime.quiet,
-    )
+    announce("training", training, settings, work.runtime.quiet)
     with tracking(work) as track:
         trainer = Trainer(work.model, plan.window, replacement, settings, work.runtime.quiet, track, snapshot)
         trainer.source, trainer.world = source_of(work, plan, settings, folder), world
         fit = trainer.fit(training, work.parts.validation)
     if world.first:
-        keep_replacement(replacement, fit, folder)
+        keep(replacement.state_dict(), fit, folder.file("replacement"), "Training the replacement")
         forget_training(folder, snapshot)
     return fit
+
+
+def lessons(work: Workspace) -> tuple[Tensor, Tensor]:
+    """Token ids (N, T) in the order of training: the replacement's, and those that are left for healing.
+
+    All epochs of them, and none for healing where there is none, or for a replacement where nothing trains.
+    """
+    work.share()
+    recipe = work.recipe
+    blocks = torch.cat([shuffled(work.parts.training, seed) for seed in epoch_seeds(recipe)])
+    if not recipe.heals:
+        return blocks, blocks[:0]
+    healing = len(blocks) if recipe.replace == "none" else round(len(blocks) * recipe.heal_share)
+    if not 0 < healing <= len(blocks) - (recipe.replace != "none"):
+        raise UserError(
+            f"--heal-share {recipe.heal_share:g} of {len(blocks)} sequences leaves nothing for one of the two "
+            "trainings; give more --tokens, or another share."
+        )
+    return blocks[: len(blocks) - healing], blocks[len(blocks) - healing :]
+
+
+def announce(title: str, training: Tensor, settings: Settings, quiet: bool) -> None:
+    steps = -(-len(training) // (settings.batch * settings.accumulate))
+    say(
+        f"{title} on {training.numel():,} tokens: {steps} steps of {settings.batch * settings.accumulate} sequences "
+        f"of {training.shape[1]} tokens, learning rate {settings.lr:g} to {settings.min_lr:g}",
+        quiet,
+    )
 
 
 def forget_training(folder: RunFolder, snapshot: Snapshot) -> None:
@@ -82,30 +108,32 @@ def source_of(work: Workspace, plan: LayerPlan, settings: Settings, folder: RunF
 
 
 def settings_of(work: Workspace, training: Tensor) -> Settings:
-    shape = (work.shape.num_layers, work.config.hidden_size)
-    return Settings.resolve(work.recipe, training, shape, work.memory, work.bfloat16)
+    alive = (alive_layers(work.recipe, work.shape.num_layers), work.config.hidden_size)
+    return Settings.resolve(work.recipe, training, alive, work.memory, work.bfloat16)
 
 
-def trained_before(folder: RunFolder, snapshot: Snapshot) -> Fit | None:
-    if not folder.has("replacement"):
+def trained_before(folder: RunFolder, snapshot: Snapshot, name: str) -> Fit | None:
+    if not folder.has(name):
         return None
     forget_training(folder, snapshot)  # where a run was killed in just this place
-    return Fit.read(folder.file("replacement/fit.json"))
+    return Fit.read(folder.path / name / "fit.json")
 
 
-def keep_replacement(replacement: ReplacementLayers, fit: Fit, folder: RunFolder) -> None:
-    with atomic(folder.file("replacement")) as temporary:
+def keep(weights: dict[str, Tensor], fit: Fit, folder: Path, title: str) -> None:
+    """What was trained, its Fit and its figure, in a folder of the weights' name."""
+    with atomic(folder) as temporary:
         temporary.mkdir()
-        save_file(replacement.state_dict(), temporary / "replacement.safetensors")
-        figures.draw_training(fit, temporary / "training.png")
+        save_file(weights, temporary / f"{folder.name}.safetensors")
+        figures.draw_training(fit, temporary / "training.png", title)
         fit.write(temporary / "fit.json")
 
 
 def load_replacement(work: Workspace, source: PreTrainedModel, plan: LayerPlan, folder: RunFolder) -> ReplacementLayers:
+    """What the run folder holds, on the CPU; what of it was trained still could be."""
     if plan.replace == "none":
         return ReplacementLayers()
     if plan.folded is not None:
         return load_folded(source, plan, folder)
     replacement = work.replacement(work.model, plan.replaced()).cpu()
     replacement.load_state_dict(load_file(folder.file("replacement/replacement.safetensors")))
-    return replacement.requires_grad_(False)
+    return replacement

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from llm_streamline.records import Fit, Fitted, LayerPlan, LinearFit, Loss, Scores, Window
+from llm_streamline.records import Fit, LayerPlan, LinearFit, Loss, Manifest, Scores, Window
 
 FEW_SEQUENCES = 8  # held-out sequences below which a loss is a rough figure
 # excess in nats -> word and sentence; 0.02 nats are 2 % of perplexity, 0.1 are 11 %, 0.3 are 35 %, 1 is 172 %
@@ -49,7 +49,7 @@ def judge(plan: LayerPlan, scores: Scores) -> Verdict:
 
 def replacement_failed(plan: LayerPlan, scores: Scores) -> bool:
     """Whether the saved model is no better than the source cut to the same depth; NaN is no better."""
-    return plan.replace != "none" and not scores.saved.nats < scores.cut.nats
+    return not plan.merely_cut and not scores.saved.nats < scores.cut.nats
 
 
 def removed(plan: LayerPlan) -> str:
@@ -83,7 +83,7 @@ def stand_in(plan: LayerPlan) -> str:
 def cost(plan: LayerPlan, scores: Scores) -> str:
     dense, saved = perplexity(scores.dense.nats), perplexity(scores.saved.nats)
     sentence = f"On held-out text, perplexity goes from {dense} to {saved} ({rise(scores, scores.saved)})"
-    if plan.replace == "none":
+    if plan.merely_cut:
         return f"{sentence}."
     cut = perplexity(scores.cut.nats)
     return f"{sentence}; merely cut to the same depth, the model would be at {cut} ({rise(scores, scores.cut)})."
@@ -103,18 +103,26 @@ def rise(scores: Scores, which: Loss) -> str:
 
 
 def came_back(plan: LayerPlan, scores: Scores) -> str:
-    if plan.replace == "none":
+    if plan.merely_cut:
         return "Nothing was trained: this is the price of removing the layers."
+    by = helper(plan)
     if replacement_failed(plan, scores):
         worse = scores.saved.nats - scores.cut.nats
         return (
-            f"The saved model's loss is {worse:.4f} nats above that of the merely cut model: the replacement makes it "
-            f"worse than no replacement would. {_advice(plan)}, or use --replace none."
+            f"The saved model's loss is {worse:.4f} nats above that of the merely cut model: {by[0].lower()}{by[1:]} "
+            f"makes it worse than nothing would. {_advice(plan)}, or use --replace none."
         )
     share = recovered(scores)
     if share is None:
-        return "Cutting alone costs nothing on this text, and the replacement is better still."
-    return f"The replacement brings back {share:.0%} of the loss that cutting alone costs."
+        return "Cutting alone costs nothing on this text, and the saved model is better still."
+    return f"{by} brings back {share:.0%} of the loss that cutting alone costs."
+
+
+def helper(plan: LayerPlan) -> str:
+    """What makes up for the window, as a subject of one number."""
+    if plan.replace == "none":
+        return "Healing"
+    return "The replacement" if plan.heal == "none" else "The replacement, with healing,"
 
 
 def _advice(plan: LayerPlan) -> str:
@@ -144,8 +152,14 @@ def solved(fit: LinearFit) -> str:
     )
 
 
-def notes(plan: LayerPlan, fit: Fitted, scores: Scores | None) -> list[str]:
+def healed(heal: str, tensors: int) -> str:
+    """What healing has left of the source, in a sentence."""
+    return f"Healed ({heal}): {tensors} tensors of the layers that stay are not the source's any more."
+
+
+def notes(manifest: Manifest) -> list[str]:
     """What one has to know before using the model, besides how good it is."""
+    plan, fit, scores = manifest.plan, manifest.fit, manifest.scores
     found = []
     if scores and scores.dense.sequences < FEW_SEQUENCES:
         found.append(f"The losses are of only {scores.dense.tokens:,} tokens: take them as rough.")
@@ -158,6 +172,10 @@ def notes(plan: LayerPlan, fit: Fitted, scores: Scores | None) -> list[str]:
         found.append("No linear map lowered the loss on the validation part; the model is saved as merely cut.")
     if isinstance(fit, Fit) and fit.best_step == 0:
         found.append("Training did not improve the replacement; it is saved as it started.")
+    if manifest.healing and manifest.healing.best_step == 0:
+        found.append("Healing did not improve the model; it is saved as it was before.")
+    elif manifest.healing:
+        found.append(healed(plan.heal, manifest.tensors["healed"]))
     if plan.replace == "mlp":
         found.append("The mlp's attention is silent but stays: on disk, in compute and in the KV cache it is a layer.")
     if plan.custom_code:

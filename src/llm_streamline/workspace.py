@@ -37,6 +37,7 @@ RECIPE = "recipe.yaml"
 MADE = {  # what a run makes in its folder: all that --fresh may delete
     *("inputs.json", "similarity.json", "similarity.png", "heat-map.png", "ranking.json", "plan.json"),
     *("checkpoint.safetensors", "checkpoint-best.safetensors", "cache"),
+    *("healed", "healing.safetensors", "healing-best.safetensors"),
     *("tracking", "replacement", "model", "scores.json", "own-text.jsonl", "items", "scores", "evaluation.json"),
     *("report.html", RECIPE),
 }
@@ -158,17 +159,18 @@ class Workspace:
         return checkpoint.load_config(self.source)
 
     @cached_property
-    def _without_weights(self) -> PreTrainedModel:
+    def skeleton(self) -> PreTrainedModel:
+        """The model without weights, on the device that holds nothing."""
         return checkpoint.without_weights(self.config)
 
     @cached_property
     def shape(self) -> ModelShape:
         """Exact parameter counts, from a model without weights."""
-        total, layers = parameter_counts(self._without_weights)
+        total, layers = parameter_counts(self.skeleton)
         kind, network = self.config.model_type, None
         if self.recipe.network:
             with torch.device("meta"):
-                stand_in = build_replacement(self._without_weights, [0], "random", 0, self.recipe.replace)
+                stand_in = build_replacement(self.skeleton, [0], "random", 0, self.recipe.replace)
             network = stand_in.count()
         return ModelShape(name=self.recipe.model, model_type=kind, total=total, layers=layers, network=network)
 
@@ -180,7 +182,7 @@ class Workspace:
         for start in starts if self.recipe.occupied else ():
             try:
                 with torch.device("meta"):
-                    self.replacement(self._without_weights, [start])
+                    self.replacement(self.skeleton, [start])
                 return
             except UserError as error:
                 refusal = error
@@ -242,7 +244,7 @@ class Workspace:
     @cached_property
     def largest_weight(self) -> int:
         """Numbers in the largest weight of a decoder layer."""
-        return max(value.numel() for layer in layers_of(self._without_weights) for value in layer.parameters())
+        return max(value.numel() for layer in layers_of(self.skeleton) for value in layer.parameters())
 
     @cached_property
     def estimate(self) -> Estimate:
@@ -302,7 +304,7 @@ class Workspace:
     def model_as_saved(self) -> PreTrainedModel:
         """The source on the CPU in float32, rounded to what the saved number format holds."""
         same = self.model.dtype == torch.float32 and self.dtype == self.checkpoint_dtype
-        if same and self.device == "cpu":
+        if same and self.device == "cpu" and not self.recipe.heals:  # which changes what is returned
             return self.model
         offload = self.scratch if self.estimate.writes_offloaded else None
         model = checkpoint.load_model(self.source, torch.float32, offload=offload)

@@ -1,0 +1,87 @@
+"""Stage 4, where asked for: the layers that stay train too, and what they have learned goes into the source."""
+
+from __future__ import annotations
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from llm_streamline.checkpoint import round_weights
+from llm_streamline.errors import UserError
+from llm_streamline.heal import Heal, parse_heal
+from llm_streamline.records import Fit, LayerPlan, Window
+from llm_streamline.replacement import ReplacementLayers
+from llm_streamline.snapshot import Snapshot
+from llm_streamline.student import Student, split, student_of
+from llm_streamline.tracking import tracking
+from llm_streamline.train import Settings, Trainer
+from llm_streamline.training import announce, keep, lessons, load_replacement, trained_before
+from llm_streamline.workspace import RunFolder, Workspace
+
+HEALED = "healed"
+SNAPSHOT = "healing.safetensors"
+
+
+def check_healing(work: Workspace) -> None:
+    """Errors: UserError where the layers that are to be trained cannot be held."""
+    if work.recipe.heals and (work.offloads or work.estimate.writes_offloaded):
+        raise UserError(
+            f"--heal {work.recipe.heal} trains layers that have to be held in memory, and {work.recipe.model} does not "
+            f"fit in {work.room / 1e9:.1f} GB; leave it out, or use a machine with more."
+        )
+
+
+def heal(work: Workspace, plan: LayerPlan, folder: RunFolder) -> Fit | None:
+    """`healed/` with the weights of what has trained and their Fit; None where nothing else was to train."""
+    wanted = parse_heal(work.recipe.heal)
+    if wanted is None:
+        return None
+    world = work.world
+    snapshot = Snapshot(folder.path / SNAPSHOT, work.runtime.checkpoint_every, world=world)
+    if fit := world.led(lambda: trained_before(folder, snapshot, HEALED)):
+        return fit
+    _, training = lessons(work)
+    student = world.attempt(lambda: _student(work, plan, folder, wanted).to(work.device))
+    student.load_state_dict(world.led(student.state_dict))
+    settings = world.led(lambda: _settings(work, training).continued(snapshot))
+    announce(f"healing ({wanted})", training, settings, work.runtime.quiet)
+    whole = Window(start=0, stop=plan.num_layers)
+    with tracking(work) as track:
+        trainer = Trainer(work.model, whole, student, settings, work.runtime.quiet, track, snapshot)
+        trainer.world = world
+        fit = trainer.fit(training, work.parts.validation)
+    if world.first:
+        keep(student.state_dict(), fit, folder.file(HEALED), "Healing the rest")
+        snapshot.remove()
+    return fit
+
+
+def _student(work: Workspace, plan: LayerPlan, folder: RunFolder, wanted: Heal) -> Student:
+    replacement = load_replacement(work, work.model, plan, folder)
+    return student_of(work.model, plan, replacement, wanted)
+
+
+def _settings(work: Workspace, training: Tensor) -> Settings:
+    """Those of the recipe's healing; gradients need the inner states of every layer."""
+    alive = (work.shape.num_layers, work.config.hidden_size)
+    return Settings.resolve(work.recipe.healing, training, alive, work.memory, work.bfloat16)
+
+
+@torch.no_grad()
+def load_healed(
+    work: Workspace, source: PreTrainedModel, plan: LayerPlan, replacement: ReplacementLayers, folder: RunFolder
+) -> frozenset[str]:
+    """Put what healing has learned into the weights of `source`, and of the replacement; returns the source's names."""
+    wanted = parse_heal(work.recipe.heal)
+    if wanted is None:
+        return frozenset()
+    student = student_of(source, plan, replacement, wanted)
+    student.load_state_dict(load_file(folder.path / HEALED / f"{HEALED}.safetensors"))
+    stays, replaced = split(student, source, plan)
+    weights = source.state_dict()
+    for name, value in stays.items():
+        weights[name].copy_(value)
+    replacement.load_state_dict(replaced, strict=False)
+    round_weights(source, work.dtype)
+    return frozenset(stays)

@@ -1,0 +1,145 @@
+"""What else may train once the replacement is there: low-rank adapters on the layers that stay, or some of them whole.
+
+The student is the model's own layers with the window replaced. It shares every frozen weight with the dense model, and
+is trained as a replacement of the whole stack would be: between boundaries 0 and L, on the dense model's own states or
+logits. What comes out are changed weights under the source's names, adapters merged: nothing needs peft to load.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from llm_streamline.errors import UserError
+from llm_streamline.families import layers_of, layers_prefix
+from llm_streamline.forward import LayerCall
+from llm_streamline.heal import Heal
+from llm_streamline.records import LayerPlan
+from llm_streamline.replacement import ReplacementLayers
+
+BASE, ADAPTER = ".base_layer", "default"  # peft's names for the weights under an adapter, and for our one adapter
+
+
+class Student(ReplacementLayers):
+    """The layers of the shortened model, each run with what the dense model's layer in its place was given.
+
+    `state_dict` holds what trains and nothing else.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module], plan: LayerPlan) -> None:
+        super().__init__(layers)
+        self._plan = plan
+
+    def run(self, hidden: Tensor, calls: Sequence[LayerCall]) -> Tensor:
+        """A state (B, T, D) at boundary 0 -> at the last boundary; `calls` are of all the dense model's layers."""
+        for layer, source in zip(self, self._plan.sources(), strict=True):
+            hidden = calls[source].replay(layer, hidden)
+        return hidden
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
+        return {name: value for name, value in self.named_parameters() if value.requires_grad}
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> None:
+        own = self.state_dict()
+        if own.keys() != state_dict.keys():
+            raise ValueError(f"weights of another student: {min(own.keys() ^ state_dict.keys())}")
+        for name, value in state_dict.items():
+            own[name].data.copy_(value)
+
+    @torch.no_grad()
+    def changed(self) -> Iterator[tuple[int, str, Tensor]]:
+        """Per changed weight the new layer's number, its name within it, and its float32 value, adapters merged."""
+        for new, layer in enumerate(self):
+            adapted = {name: module for name, module in layer.named_modules() if hasattr(module, "lora_A")}
+            for name, module in adapted.items():
+                base = module.base_layer.weight
+                yield new, f"{name}.weight", base.float() + module.get_delta_weight(ADAPTER).float()
+            for name, value in layer.named_parameters():
+                if value.requires_grad and "lora_" not in name:
+                    yield new, name.replace(BASE, ""), value.float()
+
+
+def student_of(model: PreTrainedModel, plan: LayerPlan, replacement: ReplacementLayers, heal: Heal) -> Student:
+    """The shortened model's layers, ready to be healed; what of the replacement was trained trains on.
+
+    Errors: UserError where there is nothing that could be.
+    """
+    stand_ins = iter(list(replacement))
+    layers: list[nn.Module] = []
+    for source in plan.sources():
+        layers.append(next(stand_ins) if source in plan.replaced() else sharing(layers_of(model)[source]))
+    student = Student(layers, plan)
+    kept = [new for new, source in enumerate(plan.sources()) if source not in plan.window.layers()]
+    if heal.kind == "lora":
+        _adapt([layers[new] for new in kept], heal.size)
+    else:
+        for new in kept:
+            if heal.near(new, plan):
+                layers[new] = _own(layers[new])
+                student[new] = layers[new]
+    if not any(value.requires_grad for new in kept for value in layers[new].parameters()):
+        raise UserError(f"--heal {heal} finds nothing to train in the layers that stay; give another, or none.")
+    return student
+
+
+def healed_parameters(model: PreTrainedModel, heal: Heal) -> int:
+    """How many parameters of layers that stay train, at most: which layers those are is not known yet."""
+    layers = list(layers_of(model))
+    if heal.kind == "lora":
+        linear = [module for layer in layers for module in layer.modules() if is_linear(module)]
+        return heal.size * sum(sum(module.weight.shape) for module in linear)  # type: ignore[arg-type, misc]
+    counts = sorted((sum(value.numel() for value in layer.parameters()) for layer in layers), reverse=True)
+    return sum(counts if heal.kind == "all" else counts[: 2 * heal.size])
+
+
+def sharing(layer: nn.Module) -> nn.Module:
+    """The layer's modules anew around the same weights, so that they can be wrapped where the original is not."""
+    shared = {id(value): value for value in (*layer.parameters(), *layer.buffers())}
+    return copy.deepcopy(layer, shared).requires_grad_(False)
+
+
+def _own(layer: nn.Module) -> nn.Module:
+    """The layer with float32 weights of its own, which train."""
+    return copy.deepcopy(layer).float().requires_grad_(True)
+
+
+def _adapt(layers: Sequence[nn.Module], rank: int) -> None:
+    """Low-rank adapters on every linear map, which begin as nothing added. Errors: UserError without peft."""
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise UserError("--heal lora needs peft, which is not here; install llm-streamline[heal].") from error
+    for layer in layers:
+        linear = [name for name, module in layer.named_modules() if is_linear(module)]
+        turned = any(isinstance(layer.get_submodule(name), Conv1D) for name in linear)
+        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=linear, fan_in_fan_out=turned)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)  # adapters begin with one random factor, the other at zero
+            inject_adapter_in_model(config, layer, adapter_name=ADAPTER)
+        for name, value in layer.named_parameters():
+            value.requires_grad_("lora_" in name)
+            if "lora_" in name:
+                value.data = value.data.float()
+
+
+def is_linear(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, Conv1D))
+
+
+def split(student: Student, model: PreTrainedModel, plan: LayerPlan) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Healed weights in float32: those of layers that stay, under the source's names, and the replacement's own."""
+    prefix, sources = layers_prefix(model.config), plan.sources()
+    stays: dict[str, Tensor] = {}
+    replaced: dict[str, Tensor] = {}
+    for new, name, value in student.changed():
+        if sources[new] in plan.replaced():
+            replaced[f"{sources[new] - plan.window.start}.{name}"] = value
+        else:
+            stays[f"{prefix}{sources[new]}.{name}"] = value
+    return stays, replaced

@@ -1,0 +1,150 @@
+"""Healing, by the command: what trains besides the replacement is merged into stock weights, and nothing else moves."""
+
+from __future__ import annotations
+
+import html
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from llm_streamline import assemble as assemble_module
+from llm_streamline import oracle, run, verdict
+from llm_streamline.errors import UserError
+from llm_streamline.estimate import predict
+from llm_streamline.records import Manifest
+from llm_streamline.sizes import sizes_of
+from llm_streamline.train import Trainer
+from llm_streamline.workspace import Workspace
+from tests.test_run import quiet, recipe, weights
+
+__all__ = ["recipe"]  # a fixture
+TOKENS = 31 * 128  # whole sequences of 4,000
+WAY = {"remove": None, "window": "1:4", "tokens": 4000, "lr": 0.01}  # of 6 layers: 0, 4 and 5 stay
+
+
+@pytest.fixture(autouse=True)
+def in_this_process(monkeypatch):
+    monkeypatch.setattr(assemble_module, "verify", oracle.check)
+
+
+def changed_layers(model, llama_folder) -> set[int]:
+    """The source's numbers of the layers that stay and do not hold what they held."""
+    source, found = load_file(llama_folder / "model.safetensors"), weights(model)
+    numbers = {0: 0, 2: 4, 3: 5}
+    changed = set()
+    for name, value in found.items():
+        _, _, rest = name.partition("model.layers.")
+        number, _, rest = rest.partition(".")
+        if not number:
+            assert torch.equal(value, source[name]), name
+        elif int(number) in numbers and not torch.equal(value, source[f"model.layers.{numbers[int(number)]}.{rest}"]):
+            changed.add(numbers[int(number)])
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("heal", "changed"), [("lora:2", {0, 4, 5}), ("layers:1", {0, 4}), ("all", {0, 4, 5}), ("none", set())]
+)
+def test_the_layers_it_names_change_and_no_others(heal, changed, recipe, llama_folder, tmp_path):
+    slower = {"heal_lr": 0.002} if heal != "none" else {}
+    result = run.compress(recipe(heal=heal, **slower, **WAY), quiet(tmp_path))
+    assert changed_layers(tmp_path, llama_folder) == changed
+    assert result.verification.passed
+    assert (result.healing is None) == (heal == "none")
+    if result.healing:
+        assert result.healing.validation_best < result.healing.validation_before
+        assert result.healing.loss == "kl" and result.fit.loss == "nmse"
+        assert result.fit.tokens + result.healing.tokens == TOKENS
+
+
+def test_nothing_of_adapters_is_in_the_folder(recipe, tmp_path):
+    run.compress(recipe(heal="lora", heal_lr=0.002, **WAY), quiet(tmp_path))
+    assert not any("lora" in name or "base_layer" in name for name in weights(tmp_path))
+    assert "peft" not in (tmp_path / "model" / "config.json").read_text()
+    manifest = Manifest.read(tmp_path / "model" / "streamline.json")
+    assert manifest.tensors["healed"] == 3 * 7 and manifest.tensors["kept"] + manifest.tensors["renamed"] > 0
+    sentence = verdict.healed("lora", 21)
+    page, card = (tmp_path / "report.html").read_text(), (tmp_path / "model" / "README.md").read_text()
+    assert html.escape(sentence, quote=True) in page.replace("&#39;", "&#x27;") and sentence in card
+    assert "Healing the rest" in page and "Healing the rest" in card
+
+
+def test_without_a_replacement_all_of_the_text_heals(recipe, tmp_path):
+    result = run.compress(recipe(heal="layers", replace="none", heal_lr=0.002, **WAY), quiet(tmp_path))
+    assert result.fit is None and result.healing.tokens == TOKENS
+    assert result.healing.validation_best < result.healing.validation_before and not result.plan.merely_cut
+
+
+def test_a_killed_healing_goes_on_to_the_same_bits(recipe, tmp_path, monkeypatch):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    way = recipe(heal="lora:2", **WAY)
+    run.compress(way, quiet(whole))
+    real, steps = Trainer.step, []
+
+    def step(self, *args):
+        if self.window.start == 0:
+            steps.append(True)
+            if len(steps) == 6:
+                raise KeyboardInterrupt
+        return real(self, *args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "step", step)
+        with pytest.raises(KeyboardInterrupt):
+            run.compress(way, quiet(cut, checkpoint_every=0.0001))
+    assert (cut / "healing.safetensors").exists() and (cut / "replacement").exists()
+    resumed = []
+    monkeypatch.setattr("llm_streamline.train.say", lambda text, quiet: resumed.append(text))
+    run.compress(way, quiet(cut, checkpoint_every=0.0001))
+    assert "resumed at step 5 of 16" in resumed
+    assert not (cut / "healing.safetensors").exists()
+    one, other = weights(whole), weights(cut)
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_saved_format_of_fewer_bits_is_what_was_checked(recipe, tmp_path):
+    result = run.compress(recipe(heal="all", dtype="bfloat16", **WAY), quiet(tmp_path))
+    assert result.verification.passed and result.verification.logits_error < 1e-5
+    assert all(value.dtype == torch.bfloat16 for value in weights(tmp_path).values())
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"heal": "lora", "replace": "linear"}, "--heal lora does not go with --replace linear"),
+        ({"heal_share": 0.4}, "--heal-share is for --heal"),
+        ({"heal": "heads"}, "no way to heal"),
+        ({"heal": "all", "heal_share": 1.0}, "--heal-share was given 1.0"),
+        ({"heal": "all", "heal_loss": "ppl"}, "--heal-loss was given 'ppl'"),
+    ],
+)
+def test_what_cannot_be_asked_for_is_refused(values, sentence, recipe):
+    with pytest.raises(UserError, match=sentence):
+        recipe(**values)
+
+
+def test_a_share_that_leaves_nothing_is_refused(recipe, tmp_path):
+    with pytest.raises(UserError, match="leaves nothing for one of the two"):
+        run.compress(recipe(heal="all", heal_share=0.01, **{**WAY, "tokens": 640}), quiet(tmp_path))
+
+
+def test_layers_that_are_not_held_are_not_healed(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(Workspace, "offloads", True)
+    with pytest.raises(UserError, match="have to be held in memory"):
+        run.compress(recipe(heal="all", **WAY), quiet(tmp_path))
+    assert not tmp_path.exists() or not any(path.name != ".lock" for path in tmp_path.glob("[a-z]*"))
+
+
+def test_the_estimate_counts_it(recipe, tmp_path):
+    def stage(**values):
+        work = Workspace(recipe(**{**WAY, **values}), quiet(tmp_path))
+        return {one.name: one for one in predict(sizes_of(work), False, False)}
+
+    assert "healing" not in stage()
+    few, many, more = (stage(heal=heal)["healing"].memory for heal in ("lora:1", "lora:8", "all"))
+    assert few < many < more
+    both = stage(heal="all")
+    assert both["healing"].tokens < stage(heal="all", heal_share=0.9)["healing"].tokens
+    assert json.dumps(both["training"].tokens) < json.dumps(stage()["training"].tokens)
