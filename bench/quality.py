@@ -16,17 +16,22 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from llm_streamline import compress
+from bench.depths import Peak
+from llm_streamline import compress, run, selection
 from llm_streamline.checkpoint import Source, context_length, load_model, load_tokenizer
 from llm_streamline.errors import UserError
+from llm_streamline.families import layers_of
 from llm_streamline.files import write_text
+from llm_streamline.memory import held, release
 from llm_streamline.recipe import Recipe, Runtime
+from llm_streamline.records import Fit, runs_of
 from llm_streamline.scoring.perplexity import token_losses
 from llm_streamline.scoring.questions import answers, encode, read_questions
 from llm_streamline.scoring.texts import read_text, windows
@@ -38,6 +43,9 @@ METHODS: dict[str, dict[str, Any]] = {  # what of a recipe each sets; the tokens
     "paper": {"preset": "paper"},
     "paper-random": {"preset": "paper-random"},
     "paper-ffn": {"preset": "paper-ffn", "custom_code": True},
+    "healed": {"heal": "all"},
+    **{name: {"preset": name} for name in ("lora", "uidl", "shortgpt", "sleb", "replaceme")},
+    "ghost": {"preset": "ghost", "custom_code": True},
 }
 
 
@@ -47,6 +55,30 @@ def given(text: str) -> tuple[str, dict[str, Any]]:
     if not colon and name not in METHODS:
         sys.exit(f"--methods {text} is not known: give one of {', '.join(METHODS)}, or NAME::key=value;key=value.")
     return name, METHODS[name] if not colon else dict(pair.split("=", 1) for pair in values.split(";"))
+
+
+class Remembered:
+    """A stage that is the same for several methods, done once: what it costs is in the first one's row."""
+
+    def __init__(self, stage: Callable[..., Any], key: Callable[..., Any]) -> None:
+        self._stage, self._key, self._found = stage, key, {}  # type: ignore[var-annotated]
+
+    def __call__(self, *given: Any) -> Any:
+        key = self._key(*given)
+        if key not in self._found:
+            self._found[key] = self._stage(*given)
+        return self._found[key]
+
+
+def remember() -> None:
+    """Similarities and rankings: of one text in one order, for windows of one length."""
+    run.measure = Remembered(run.measure, lambda work: work.inputs().model_dump_json())  # type: ignore[assignment]
+
+    def ranked(model: Any, blocks: Any, batch: int, windows: Any, by: str, *_: Any) -> Any:
+        free = not any(layer._forward_hooks for layer in layers_of(model))  # else some layers stand aside
+        return (blocks.numpy().tobytes(), tuple(map(str, windows)), by) if free else object()
+
+    selection.rank = Remembered(selection.rank, ranked)  # type: ignore[assignment]
 
 
 class Judge:
@@ -79,13 +111,16 @@ class Judge:
 
 def shortened(values: dict[str, Any], scratch: Path, judge: Judge) -> dict[str, Any]:
     """One run's row. Errors: UserError where the method cannot be applied."""
-    started, spent = time.perf_counter(), time.process_time()
+    release()
+    started, spent, before = time.perf_counter(), time.process_time(), held()
     out = scratch / "run"
-    result = compress(Recipe(**values), Runtime(output=out, tasks=("none",), quiet=True))
+    with Peak() as peak:
+        result = compress(Recipe(**values), Runtime(output=out, tasks=("none",), quiet=True))
     row: dict[str, Any] = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - spent}
-    scores, fit = result.scores, result.fit
-    row |= {"window": str(result.plan.window), "parameters": result.plan.parameters_after}
-    row |= {"trained": getattr(fit, "trained_parameters", 0), "tokens": getattr(fit, "tokens", 0)}
+    scores, fits = result.scores, [fit for fit in (result.fit, result.healing) if isinstance(fit, Fit)]
+    row |= {"memory": peak.bytes - before, "training_seconds": sum(fit.seconds for fit in fits)}
+    row |= {"window": ",".join(map(str, runs_of(result.plan.gone))), "parameters": result.plan.parameters_after}
+    row |= {"trained": max([fit.trained_parameters for fit in fits], default=0), "tokens": sum(f.tokens for f in fits)}
     row |= {"validation": scores.excess(scores.saved), "validation_dense": scores.dense.nats}
     custom = result.plan.custom_code
     row |= judge.row(load_model(Source(result.model, trust_remote_code=custom), torch.float32)) if not custom else {}
@@ -95,6 +130,7 @@ def shortened(values: dict[str, Any], scratch: Path, judge: Judge) -> dict[str, 
 
 def add_rows(options: argparse.Namespace) -> None:
     options.rows.mkdir(parents=True, exist_ok=True)
+    remember()
     judge = Judge(options.model, options.heldout, options.questions)
     dense = options.rows / f"{DENSE}.json"
     if not dense.exists():
@@ -107,7 +143,7 @@ def add_rows(options: argparse.Namespace) -> None:
                 if file.exists():
                     continue
                 base = {"model": options.model, "data": options.data, "remove": remove, "seed": seed}
-                base |= {"tokens": options.tokens} if values.get("replace") != "none" else {}
+                base |= {"tokens": options.tokens}
                 with tempfile.TemporaryDirectory() as scratch:
                     try:
                         row = shortened({**base, **values}, Path(scratch), judge)

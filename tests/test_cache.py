@@ -123,7 +123,8 @@ def test_the_whole_run_with_and_without(llama_folder, text_file, tmp_path, capsy
     monkeypatch.setattr(assemble_module, "verify", oracle.check)
     results = []
     for name, size in (("none", None), ("cache", "1GB"), ("small", "1kB")):
-        recipe = Recipe(model=str(llama_folder), data=text_file, block=32, tokens="2k", remove=2, epochs=3, batch=1)
+        sizes = {"block": 32, "tokens": "2k", "calibration_tokens": 2000, "validation_tokens": 2000, "batch": 1}
+        recipe = Recipe(model=str(llama_folder), data=text_file, select="cosine", remove=2, epochs=3, **sizes)
         runtime = Runtime(output=tmp_path / name, tasks="none", compute="float32", cache=size)
         results.append(run.compress(recipe, runtime))
         err = capsys.readouterr().err
@@ -182,5 +183,5 @@ def test_a_run_killed_after_its_training_leaves_no_cache(tmp_path):
     (tmp_path / "replacement").mkdir()
     fit.write(tmp_path / "replacement" / "fit.json")
     cached(trainer(), tmp_path / "cache")
-    assert training.trained_before(folder, Snapshot(tmp_path / "checkpoint.safetensors", 1.0)) == fit
+    assert training.trained_before(folder, Snapshot(tmp_path / "checkpoint.safetensors", 1.0), "replacement") == fit
     assert not (tmp_path / "cache").exists()

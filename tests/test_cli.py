@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from llm_streamline import assemble as assemble_module
-from llm_streamline import oracle
+from llm_streamline import oracle, text
 from llm_streamline.cli import COMMANDS, main
 from llm_streamline.families import FAMILIES, layers_of
 from tests import tiny
@@ -81,7 +81,9 @@ def write_items(folder: Path) -> None:
     (folder / "task.json").write_text(json.dumps({str(number): row for number in range(9)}))
 
 
-def test_every_examples_of_the_help_pages_runs(cli):
+def test_every_examples_of_the_help_pages_runs(cli, monkeypatch):
+    for name in ("CALIBRATION_TOKENS", "VALIDATION_TOKENS"):
+        monkeypatch.setattr(text, name, 4096)
     lines = [line for command in COMMANDS for line in examples(help_of(command))]
     assert {line.split()[1] for line in lines} == set(COMMANDS)
     for folder in ("predictions/before", "predictions/after", "logs/dense", "logs/shorter"):
@@ -125,7 +127,7 @@ def test_results_go_to_stdout_and_chatter_to_stderr(cli, llama_folder, text_file
         "layers ",
         "verified",
         "out/model",
-        "nmse",
+        "kl ",
         "parameters",
         "report    out/report.html\n",
     ):
@@ -327,7 +329,7 @@ def test_families_lists_the_proven_first_and_a_reason_for_each(cli):
         ("MODEL --data TEXT -o out --device gpu", "--device gpu is not to be had here"),
         ("MODEL --data TEXT -o TEXT/out", "cannot write|is a file"),
         ("MODEL --data TEXT -o out --tokens 20", "less than one block"),
-        ("MODEL --data TEXT -o out --min-lr 0.1", "--min-lr 0.1 is above the learning rate of 0.001"),
+        ("MODEL --data TEXT -o out --min-lr 0.1", "--min-lr 0.1 is above the learning rate of 0.005"),
         ("MODEL --data TEXT -o out --remov 2", "No such option.*--remove"),
         ("MODEL --data TEXT -o out --preset papyrus", "preset 'papyrus' is not known"),
         ("nosuch/model --data TEXT -o out", "neither a folder here nor a model that the Hub gives now"),

@@ -147,10 +147,12 @@ def test_the_table_and_the_json_say_the_same(llama_folder, capsys):
 def test_a_loss_of_logits_takes_the_layers_above_and_a_chunk_of_logits(llama_folder):
     near, far, given = (
         workspace(llama_folder, batch=2, **changes)
-        for changes in ({}, {"loss": "kl"}, {"loss": "mse:0.5,kl:0.5", "window": "1:4"})
+        for changes in ({"loss": "nmse"}, {"loss": "kl"}, {"loss": "mse:0.5,kl:0.5", "window": "1:4"})
     )
     assert [sizes_of(work).above for work in (near, far, given)] == [0, tiny.LAYERS - 3, tiny.LAYERS - 4]
     assert sizes_of(near).logits == 0 and sizes_of(far).logits == 2 * 32 * tiny.VOCABULARY
+    open_ = workspace(llama_folder, batch=2)  # the default looks through the layers above where they are held
+    assert sizes_of(open_).logits == sizes_of(far).logits and sizes_of(open_, offloaded=True).logits == 0
     for offloaded in (False, True):
         plain, looking = (stages(work, offloaded)["training"].memory for work in (near, far))
         assert looking >= plain + 32 * sizes_of(far).logits

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import html
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -55,7 +57,7 @@ def test_the_layers_it_names_change_and_no_others(heal, changed, recipe, llama_f
     assert (result.healing is None) == (heal == "none")
     if result.healing:
         assert result.healing.validation_best < result.healing.validation_before
-        assert result.healing.loss == "kl" and result.fit.loss == "nmse"
+        assert result.healing.loss == "kl" and result.fit.loss == "nmse:0.3,kl:0.7"
         assert result.fit.tokens + result.healing.tokens == TOKENS
 
 
@@ -69,6 +71,18 @@ def test_nothing_of_adapters_is_in_the_folder(recipe, tmp_path):
     page, card = (tmp_path / "report.html").read_text(), (tmp_path / "model" / "README.md").read_text()
     assert html.escape(sentence, quote=True) in page.replace("&#39;", "&#x27;") and sentence in card
     assert "Healing the rest" in page and "Healing the rest" in card
+
+
+def test_a_healed_model_loads_and_writes_where_neither_peft_nor_this_tool_is(recipe, tmp_path):
+    run.compress(recipe(heal="lora:2", heal_lr=0.002, **WAY), quiet(tmp_path))
+    script = (
+        "import sys; sys.modules['peft'] = sys.modules['llm_streamline'] = None\n"
+        "from transformers import AutoModelForCausalLM as A; import torch\n"
+        "model, loading = A.from_pretrained(sys.argv[1], output_loading_info=True)\n"
+        "assert not any(loading[key] for key in ('missing_keys', 'unexpected_keys', 'mismatched_keys')), loading\n"
+        "assert model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, do_sample=False).shape == (1, 7)"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", script, str(tmp_path / "model")], check=True)
 
 
 def test_without_a_replacement_all_of_the_text_heals(recipe, tmp_path):

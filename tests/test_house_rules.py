@@ -92,6 +92,7 @@ def test_every_module_has_its_tests():
         "probe": "estimate",
         "preview": "run",
         "quantities": "recipe",
+        "schema": "recipe",
     }
     elsewhere |= {"presets": "recipe", "recipe_file": "recipe", "sizes": "estimate", "answers": "stability"}
     elsewhere |= {"training": "run", "tracking": "run", "losses": "objective", "folding": "linear", "heal": "student"}

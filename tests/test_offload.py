@@ -162,7 +162,15 @@ def test_a_model_that_does_not_fit_gives_the_same_model(name, dtype, tmp_path, c
     folder = tiny.make_folder(tmp_path / "model", name)
     text = tiny.write_jsonl(tmp_path / "text.jsonl", tiny.make_documents(200))
     recipe = Recipe(
-        model=folder.as_posix(), data=text, remove=2, block=32, tokens=2000, dtype=dtype, batch=2, select="cosine"
+        model=folder.as_posix(),
+        data=text,
+        remove=2,
+        block=32,
+        tokens=2000,
+        dtype=dtype,
+        batch=2,
+        select="cosine",
+        loss="nmse",
     )
     results = {}
     for memory in ("16GB", LITTLE):

@@ -37,12 +37,33 @@ def test_a_preset_gives_way_to_a_file_and_that_to_flags(tmp_path):
 
 
 def test_presets_are_the_papers_settings():
-    for name, own in PRESETS.items():
+    papers = {name: own for name, own in PRESETS.items() if name.startswith("paper")}
+    for name, own in papers.items():
         recipe = make_recipe({"model": "m", "preset": name, "custom_code": True})
         assert (recipe.loss, recipe.lr, recipe.min_lr, recipe.weight_decay) == ("mse", 2e-4, 5e-5, 1e-3)
         assert (recipe.warmup, recipe.clip, recipe.protect_first, recipe.protect_last) == (0.01, 5.0, 0, 0)
         assert all(getattr(recipe, key) == value for key, value in own.items())
-    assert set(PRESETS) == {"paper", "paper-none", "paper-random", "paper-ffn", "paper-swiglu"}
+    assert set(papers) == {"paper", "paper-none", "paper-random", "paper-ffn", "paper-swiglu"}
+
+
+@pytest.mark.parametrize(
+    ("preset", "values"),
+    [
+        ("shortgpt", ("none", "influence", "none")),
+        ("sleb", ("none", "greedy", "none")),
+        ("uidl", ("none", "cosine", "lora:64")),
+        ("lora", ("none", "cosine", "lora:16")),
+        ("replaceme", ("linear", "cosine", "none")),
+        ("ghost", ("linear:free", "cosine", "none")),
+    ],
+)
+def test_presets_of_other_methods(preset, values):
+    recipe = Recipe(model="m", preset=preset, custom_code=True)
+    assert (recipe.replace, recipe.select, recipe.heal) == values
+    assert (recipe.protect_first, recipe.protect_last, recipe.init) == (0, 0, None)
+    assert recipe.heal_loss == ("lm" if recipe.heals else "kl") and (recipe.loss_used == "mse") == recipe.solved
+    again = Recipe(model="m", preset=preset, custom_code=True, heal_share=0.3) if recipe.heals else recipe
+    assert again.select == recipe.select
 
 
 @pytest.mark.parametrize("preset", ["paper-ffn", "paper-swiglu"])

@@ -165,6 +165,7 @@ def test_what_is_no_time_is_refused(given):
 
 def compress(model: Path, text: Path, out: Path) -> subprocess.Popen:
     options = ["--data", str(text), "-o", str(out), "--replace", "layer", "--block", "32", "--tasks", "none"]
+    options += ["--select", "cosine", "--loss", "nmse", "--validation-tokens", "2k", "--calibration-tokens", "2k"]
     options += ["--tokens", "30k", "--batch", "1", "--checkpoint-every", "0.05s", "--threads", "1"]
     command = [sys.executable, "-m", "llm_streamline", "compress", str(model), *options]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)

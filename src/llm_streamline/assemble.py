@@ -22,7 +22,7 @@ from llm_streamline.errors import StreamlineError, VerificationError
 from llm_streamline.families import layers_of, layers_prefix, sliced_config, sliding_window
 from llm_streamline.files import atomic
 from llm_streamline.folding import FoldedLayer, check_fold
-from llm_streamline.forward import returned_values, substituted
+from llm_streamline.forward import returned_values, shortened
 from llm_streamline.memory import memory_limit
 from llm_streamline.networks import NetworkLayer, install
 from llm_streamline.offload import is_offloaded, lend, save_lent, shard_bytes
@@ -68,7 +68,7 @@ def assemble(parts: Parts, dtype: torch.dtype, prompts: Tensor, manifest: Manife
         folder.mkdir()
         for notice in parts.notices:
             shutil.copyfile(notice, folder / notice.name)
-        with substituted(parts.source, parts.plan.rewritten, list(parts.replacement)):
+        with shortened(parts.source, parts.plan, list(parts.replacement)):
             record_oracle(parts.source, prompts, folder)
         tensors = _write_model(parts, dtype, folder)
         manifest = manifest.model_copy(update={"tensors": tensors, "limits": limits, "weights": weight_hashes(folder)})

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from llm_streamline.errors import UserError
 from llm_streamline.ranking import NAMES, Ranking, disagreement
 from llm_streamline.recipe import Recipe
-from llm_streamline.records import LayerPlan, ModelShape, Similarity, Window
+from llm_streamline.records import LayerPlan, ModelShape, Similarity, Window, runs_of
 
 DEFAULT_REMOVE = "25%"
 
@@ -31,6 +33,45 @@ def choose(similarity: Similarity, shape: ModelShape, recipe: Recipe, ranking: R
             f"--replace {recipe.replace} has more parameters than layers {window} it stands for "
             f"({shape.total:,} -> {after:,}); remove more layers, or use another replacement."
         )
+    return _plan(similarity, shape, recipe, Choice(window, plain, why))
+
+
+class Choice(NamedTuple):
+    """What goes: a window, and layers besides it; what goes from the model that is merely cut; and why."""
+
+    window: Window
+    plain: Window
+    why: str
+    dropped: Sequence[int] = ()
+
+
+def choose_layers(similarity: Similarity, shape: ModelShape, recipe: Recipe, layers: Sequence[int]) -> LayerPlan:
+    """The plan to remove single layers, in the order given, wherever they lie, with nothing in their place."""
+    window = max(runs_of(layers), key=len)
+    plain = most_similar(similarity, len(layers), recipe)
+    how = {
+        "influence": "each of them changes the state less than any layer that stays",
+        "greedy": "one after the other, that by whose deletion the loss rises least",
+    }
+    why = f"{how[recipe.select or '']}: {', '.join(map(str, layers))}"
+    dropped = sorted(set(layers) - set(window.layers()))
+    return _plan(similarity, shape, recipe, Choice(window, plain, why, dropped))
+
+
+def least_influence(similarity: Similarity, recipe: Recipe, count: int) -> list[int]:
+    """The layers of the least Block Influence, 1 - cosine of input and output (ShortGPT, arXiv 2403.03853)."""
+    cosines = similarity.of_layers()
+    return sorted(single_layers(similarity.num_layers, recipe), key=lambda layer: -cosines[layer])[:count]
+
+
+def single_layers(depth: int, recipe: Recipe) -> range:
+    """The layers that are not protected."""
+    return range(recipe.protect_first, depth - recipe.protect_last)
+
+
+def _plan(similarity: Similarity, shape: ModelShape, recipe: Recipe, choice: Choice) -> LayerPlan:
+    window, plain = choice.window, choice.plain
+    dropped = sum(shape.layers[layer] for layer in choice.dropped)
     return LayerPlan(
         model=shape.name,
         model_type=shape.model_type,
@@ -40,13 +81,14 @@ def choose(similarity: Similarity, shape: ModelShape, recipe: Recipe, ranking: R
         custom_code=recipe.network,
         occupied=recipe.occupied,
         parameters_before=shape.total,
-        parameters_after=after,
+        parameters_after=parameters_after(shape, window, recipe.occupied) - dropped,
         similarity=similarity.of(window),
         similarity_se=similarity.error_of(window),
         plain_window=plain,
         plain_parameters=parameters_after(shape, plain, 0),
-        why=why,
+        why=choice.why,
         heal=recipe.heal,
+        dropped=list(choice.dropped),
     )
 
 

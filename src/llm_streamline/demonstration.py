@@ -9,13 +9,12 @@ from llm_streamline.evaluation import Result
 from llm_streamline.recipe import Recipe, Runtime
 from llm_streamline.run import compress
 
-LEARNING_RATE = 4e-3  # the bundled model is narrow and its weights are large
 QUESTIONS = Path(__file__).parent / "demo" / "questions.jsonl"
 
 
 def demo(runtime: Runtime) -> tuple[Result, dict[str, float]]:
     """The run's result, and the share of questions that the dense, the merely cut and the saved model get right."""
-    recipe = Recipe(model=checkpoint.BUNDLED, data=(checkpoint.BUNDLED,), remove="25%", lr=LEARNING_RATE)
+    recipe = Recipe(model=checkpoint.BUNDLED, data=(checkpoint.BUNDLED,), remove="25%", tokens="150k")
     result = compress(recipe, runtime.model_copy(update={"tasks": (str(QUESTIONS),)}))
     assert result.evaluation
     names = {"dense": "dense", "cut": "deleted", "saved": "replaced"}

@@ -266,9 +266,8 @@ def _verification(sizes: Sizes, model: int, offloaded: bool, after: int) -> int:
 
 def estimate_of(work: Workspace) -> Estimate:
     """With the model held as far as that fits: throughout, or while it computes, or not at all."""
-    sizes = sizes_of(work)
     ways = ((False, False), (False, True), (True, True))
-    found = [_estimate(work, sizes, *way) for way in ways]
+    found = [_estimate(work, sizes_of(work, way[0]), *way) for way in ways]
     return next((one for one in found if one.fits), found[-1])
 
 

@@ -7,8 +7,9 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field
 
 from llm_streamline.answers import Stability
-from llm_streamline.recipe import Count, Schema, as_several
+from llm_streamline.quantities import Count
 from llm_streamline.records import Fit, Fitted, LayerPlan, Record, Scores, Verification
+from llm_streamline.schema import Schema, as_several
 
 Interval = tuple[float, float]
 EVALUATION = "evaluation.json"

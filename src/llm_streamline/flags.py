@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from llm_streamline.recipe import Runtime, Schema
+    from llm_streamline.recipe import Runtime
+    from llm_streamline.schema import Schema
 
 _SHORT = {"output": "-o"}
 ONLY_COMPRESS = {

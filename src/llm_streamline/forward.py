@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from llm_streamline.families import layers_of, mlp_output
-from llm_streamline.records import Window
+from llm_streamline.records import LayerPlan, Window, runs_of
 
 
 class _Reached(Exception):
@@ -162,6 +162,16 @@ def substituted(model: PreTrainedModel, window: Window, replacement: Sequence[nn
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def shortened(model: PreTrainedModel, plan: LayerPlan, replacement: Sequence[nn.Module] = ()) -> Iterator[None]:
+    """As `substituted`, with all that a plan takes: the layers it rewrites, and single ones that go besides."""
+    with ExitStack() as hooks:
+        hooks.enter_context(substituted(model, plan.rewritten, replacement))
+        for window in runs_of(plan.dropped):
+            hooks.enter_context(substituted(model, window))
+        yield
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -20,6 +22,7 @@ from llm_streamline.training import announce, keep, lessons, load_replacement, t
 from llm_streamline.workspace import RunFolder, Workspace
 
 HEALED = "healed"
+GENTLER = 0.15  # of the learning rate: whole layers of a trained model bear less than one that stands in for others
 SNAPSHOT = "healing.safetensors"
 
 
@@ -44,7 +47,7 @@ def heal(work: Workspace, plan: LayerPlan, folder: RunFolder) -> Fit | None:
     _, training = lessons(work)
     student = world.attempt(lambda: _student(work, plan, folder, wanted).to(work.device))
     student.load_state_dict(world.led(student.state_dict))
-    settings = world.led(lambda: _settings(work, training).continued(snapshot))
+    settings = world.led(lambda: _settings(work, training, wanted).continued(snapshot))
     announce(f"healing ({wanted})", training, settings, work.runtime.quiet)
     whole = Window(start=0, stop=plan.num_layers)
     with tracking(work) as track:
@@ -62,10 +65,12 @@ def _student(work: Workspace, plan: LayerPlan, folder: RunFolder, wanted: Heal) 
     return student_of(work.model, plan, replacement, wanted)
 
 
-def _settings(work: Workspace, training: Tensor) -> Settings:
+def _settings(work: Workspace, training: Tensor, wanted: Heal) -> Settings:
     """Those of the recipe's healing; gradients need the inner states of every layer."""
     alive = (work.shape.num_layers, work.config.hidden_size)
-    return Settings.resolve(work.recipe.healing, training, alive, work.memory, work.bfloat16)
+    settings = Settings.resolve(work.recipe.healing, training, alive, work.memory, work.bfloat16)
+    gentler = 1.0 if work.recipe.heal_lr or wanted.kind == "lora" else GENTLER
+    return replace(settings, lr=gentler * settings.lr, min_lr=gentler * settings.min_lr)
 
 
 @torch.no_grad()

@@ -127,7 +127,7 @@ def fit_linear(work: Workspace, plan: LayerPlan, folder: RunFolder) -> LinearFit
     work.share()
     parts, quiet = work.parts, work.runtime.quiet
     say(f"solving for a linear map on {parts.training.numel():,} tokens, in one pass", quiet)
-    reading = Reading(plan.folded is not None, work.recipe.loss, work.batch(FORWARD_TOKENS), work.bfloat16, quiet)
+    reading = Reading(plan.folded is not None, work.recipe.loss_used, work.batch(FORWARD_TOKENS), work.bfloat16, quiet)
     model = work.world.attempt(lambda: work.model)
     mapping, fit = solve_window(model, plan.window, parts.training, parts.validation, reading, work.world)
     if fit.ridge is None:

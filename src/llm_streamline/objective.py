@@ -19,6 +19,7 @@ from llm_streamline.errors import UserError
 
 STATES = ("nmse", "mse", "cosine")  # of the hidden states at the window's end
 ABOVE = ("kl", "lm")  # of the logits, through the frozen layers above the window
+LOSS, STATES_ONLY = "nmse:0.3,kl:0.7", "nmse"  # defaults, as measured (docs/decisions/0009-losses.md)
 WHOLE = Fraction(1)
 _SHARE = re.compile(r"(.+):(0?\.\d+)")
 _TOP = re.compile(r"kl:(\d+)")
@@ -114,7 +115,8 @@ def _part(text: str) -> Part:
     return Part("kl", int(match[1]))
 
 
-def check_loss(text: str) -> str:
+def check_loss(text: str | None) -> str | None:
     """Errors: ValueError for what is no loss."""
-    parse_objective(text)
+    if text is not None:
+        parse_objective(text)
     return text

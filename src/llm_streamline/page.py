@@ -165,7 +165,7 @@ def excess_bars(plan: LayerPlan, scores: Scores) -> list[tuple[str, str, float, 
 
 def source_layers(plan: LayerPlan) -> list[tuple[int, bool]]:
     """The source's layers, each with whether it was removed."""
-    return [(layer, layer in plan.window.layers()) for layer in range(plan.num_layers)]
+    return [(layer, layer in plan.gone) for layer in range(plan.num_layers)]
 
 
 def data_parts(data: dict[str, Any]) -> list[tuple[str, str, str, str, str]]:

@@ -40,7 +40,7 @@ def estimate_only(recipe: Recipe, runtime: Runtime) -> Estimate:
     """What the run would take, with its seconds; nothing is written, and no weights or text are read."""
     work = Workspace(recipe, runtime)
     check_request(work.shape, work.recipe)
-    sizes = sizes_of(work)
+    sizes = sizes_of(work, work.estimate.offloaded)
     rates = probe(work.config, sizes, work.compute_dtype, work.device, recipe.replace)
     return timed(work.estimate, sizes, rates)
 

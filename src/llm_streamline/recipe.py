@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from llm_streamline.errors import UserError
 from llm_streamline.heal import check_heal, parse_heal
-from llm_streamline.objective import Objective, check_loss, parse_objective
-from llm_streamline.presets import PAPER, PRESETS
+from llm_streamline.objective import LOSS, STATES_ONLY, Objective, check_loss, parse_objective
+from llm_streamline.presets import PRESETS
 from llm_streamline.quantities import Count, Duration, Fraction, Size
-
-
-def as_text(value: Any) -> Any:
-    """A whole number as its digits, so that `remove=8` means what `--remove 8` does."""
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
-
-
-def as_several(value: Any) -> Any:
-    """One name, or path, as a tuple of one; paths as names. Errors: ValueError for an empty name."""
-    several = (value,) if isinstance(value, (str, Path)) else value
-    if isinstance(several, (tuple, list)):
-        several = tuple(str(one) if isinstance(one, Path) else one for one in several)
-        if "" in several:
-            raise ValueError("a name is empty")
-    return several
+from llm_streamline.schema import Schema, as_several, as_text
 
 
 def check_replace(value: str) -> str:
@@ -36,16 +20,6 @@ def check_replace(value: str) -> str:
     if not re.fullmatch(r"none|mlp|layer(:[1-9]\d*)?|(ffn|swiglu)(:residual)?|linear(:free)?", value):
         raise ValueError("there is no such replacement")
     return value
-
-
-class Schema(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    def __init__(self, **values: Any) -> None:
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            raise UserError(_sentence(error, type(self))) from error
 
 
 class Recipe(Schema):
@@ -73,8 +47,7 @@ class Recipe(Schema):
     )
     preset: str | None = Field(
         None,
-        description="A named set of values below: paper, paper-none, paper-ffn, paper-swiglu or paper-random. "
-        "What you give wins.",
+        description=f"A named set of values below, as published: {', '.join(PRESETS)}. What you give wins.",
     )
     remove: Annotated[str | None, BeforeValidator(as_text)] = Field(
         None, description="Net layers to remove: a number (8) or a share of the layers (25%). [default: 25%]"
@@ -87,11 +60,13 @@ class Recipe(Schema):
         None,
         description="Remove as few layers as bring the model to this many parameters, e.g. 5B. Instead of --remove.",
     )
-    select: Literal["auto", "cosine", "relative", "loss", "kl", "replaceability"] | None = Field(
+    select: Literal["auto", "cosine", "relative", "loss", "kl", "replaceability", "influence", "greedy"] | None = Field(
         None,
         description="What decides between the windows of one length: cosine (the paper's), relative change, loss or kl "
         "after deletion, replaceability (what no linear map explains), or auto: the best few by these, ranked by loss "
-        "with a linear map in their place, or without one for --replace none. [default: auto, and cosine where the "
+        "with a linear map in their place, or without one for --replace none. With --replace none also single layers, "
+        "wherever they lie: influence (those that change the state least) or greedy (one after the other, by the loss "
+        "after deletion). [default: auto, and cosine where the "
         "model does not fit in memory]",
     )
     protect_first: int = Field(1, ge=0, description="How many first layers no window may take.")
@@ -112,12 +87,13 @@ class Recipe(Schema):
         description="Let the saved model carry code of its own, as ffn, swiglu and linear:free need: it then loads "
         "only with trust_remote_code=True.",
     )
-    loss: Annotated[str, AfterValidator(check_loss)] = Field(
-        "nmse",
+    loss: Annotated[str | None, AfterValidator(check_loss)] = Field(
+        None,
         description="Distillation loss: of the states at the window's end nmse (each token's squared error over its "
         "target's squared norm), mse (the paper's Eq. 4) or cosine; of the next-token distributions, through the "
         "frozen layers above, kl (from the dense model's), kl:100 (over its 100 likeliest tokens) or lm (of the text "
-        "itself); or several by share of the training tokens, mse:0.6,kl:0.4, of which the last is what is validated.",
+        "itself); or several by share of the training tokens, mse:0.6,kl:0.4, of which the last is what is validated. "
+        f"[default: {LOSS}; {STATES_ONLY} where layers above the window would be read from the disk]",
     )
     temperature: float = Field(1.0, gt=0, description="With --loss kl: what logits are divided by before softmax.")
     tokens: Count | None = Field(
@@ -144,7 +120,9 @@ class Recipe(Schema):
         "kl", description="With --heal: its loss, as --loss takes it, of the states after the last layer or the logits."
     )
     heal_lr: float | None = Field(
-        None, gt=0, description="With --heal: its peak learning rate. [default: that of training]"
+        None,
+        gt=0,
+        description="With --heal: its peak learning rate. [default: that of training; for whole layers 0.15 of it]",
     )
     block: Count | None = Field(
         None, gt=1, description="Tokens per sequence. [default: the model's context, 2048 at most]"
@@ -158,7 +136,7 @@ class Recipe(Schema):
     lr: float | None = Field(
         None,
         gt=0,
-        description="Peak learning rate. [default: 1e-3 up to width 256, then falling with its square root]",
+        description="Peak learning rate. [default: 2e-3 at width 256, falling with the width, 5e-3 at most]",
     )
     min_lr: float | None = Field(None, ge=0, description="Learning rate of the last step. [default: a tenth of --lr]")
     weight_decay: float = Field(1e-3, ge=0, description="AdamW weight decay.")
@@ -178,7 +156,7 @@ class Recipe(Schema):
             return values
         if preset not in PRESETS:
             raise ValueError(f"preset {preset!r} is not known; choose one of {', '.join(PRESETS)}")
-        return {**PAPER, **PRESETS[preset], **values}
+        return {**PRESETS[preset], **values}
 
     @model_validator(mode="after")
     def _one_target(self) -> Recipe:
@@ -198,9 +176,23 @@ class Recipe(Schema):
         return self
 
     @model_validator(mode="after")
+    def _single_layers(self) -> Recipe:
+        if self.scattered and self.replace != "none":
+            raise ValueError(
+                f"--select {self.select} takes single layers, in whose places nothing can stand: give --replace none "
+                "with it (and --heal, to train those that stay), or another --select"
+            )
+        return self
+
+    @property
+    def scattered(self) -> bool:
+        """Whether single layers go, wherever they lie."""
+        return self.select in ("influence", "greedy")
+
+    @model_validator(mode="after")
     def _temperature_used(self) -> Recipe:
         if self.temperature != 1 and all(part.kind != "kl" for part in self.objective.parts):
-            raise ValueError(f"--temperature {self.temperature:g} is for --loss kl, not {self.loss}; leave it out")
+            raise ValueError(f"--temperature {self.temperature:g} is for --loss kl, not {self.loss_used}; leave it out")
         return self
 
     @model_validator(mode="after")
@@ -243,13 +235,21 @@ class Recipe(Schema):
     @property
     def healing(self) -> Recipe:
         """The settings of healing, where this recipe's are those of the replacement's training."""
-        lr = self.heal_lr or self.lr
-        min_lr = self.min_lr if self.heal_lr is None else None
-        return self.model_copy(update={"loss": self.heal_loss, "lr": lr, "min_lr": min_lr})
+        return self.model_copy(update={"loss": self.heal_loss, "lr": self.heal_lr or self.lr, "min_lr": None})
 
     @property
     def objective(self) -> Objective:
-        return parse_objective(self.loss)
+        return parse_objective(self.loss_used)
+
+    @property
+    def loss_used(self) -> str:
+        """The loss asked for, or the default where the model is held; a closed form has one of states alone."""
+        return self.loss or (STATES_ONLY if self.solved else LOSS)
+
+    @property
+    def from_disk(self) -> Recipe:
+        """This recipe where the model's layers stay on the disk: its default loss does not look through them."""
+        return self if self.loss else self.model_copy(update={"loss": STATES_ONLY})
 
     @property
     def network(self) -> bool:
@@ -322,20 +322,3 @@ class Runtime(Schema):
     quiet: bool = Field(False, description="No progress on stderr.")
     command: str | None = Field(None, description="The command line, for the manifest.", exclude=True)
     debug: bool = Field(False, description="Show the trace of an error.")
-
-
-def _sentence(error: ValidationError, schema: type[BaseModel]) -> str:
-    """The first of pydantic's complaints, in one sentence that names the field as users know it."""
-    problem = error.errors()[0]
-    key = str(problem["loc"][0]) if problem["loc"] else ""
-    if problem["type"] == "extra_forbidden":
-        nearest = difflib.get_close_matches(key, schema.model_fields, n=1, cutoff=0.0)[0]
-        return f"key {key!r} is not known; the nearest is {nearest!r}: correct or remove it."
-    if problem["type"] == "missing":
-        return f"no {key.upper()} was given; give a model folder, a Hub name, or 'bundled'."
-    complaint = problem["msg"].removeprefix("Value error, ")
-    if not key:
-        return f"{complaint}."
-    help_text = (schema.model_fields[key].description or "").split(" [default")[0]
-    flag = f"--{key.replace('_', '-')}"
-    return f"{flag} was given {problem['input']!r} ({complaint}); it takes: {help_text}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -91,6 +92,17 @@ class Similarity(Record):
         return sorted(windows, key=self.of, reverse=True)
 
 
+def runs_of(layers: Iterable[int]) -> list[Window]:
+    """Layers in as few windows as hold them and no others, in order."""
+    found: list[Window] = []
+    for layer in sorted(layers):
+        if found and found[-1].stop == layer:
+            found[-1] = Window(start=found[-1].start, stop=layer + 1)
+        else:
+            found.append(Window(start=layer, stop=layer + 1))
+    return found
+
+
 class ModelShape(Record):
     """The counts a plan is made of, in parameters (tied ones once).
 
@@ -126,11 +138,17 @@ class LayerPlan(Record):
     plain_parameters: int
     why: str
     heal: str = "none"  # what else trains
+    dropped: list[int] = []  # layers that go besides the window, with nothing in their place
 
     @property
     def net(self) -> int:
         """Net layers removed: the window's length minus the layers its replacement occupies."""
-        return len(self.window) - self.occupied
+        return len(self.window) + len(self.dropped) - self.occupied
+
+    @property
+    def gone(self) -> list[int]:
+        """The source layers that the shortened model does not run."""
+        return sorted([*self.window.layers(), *self.dropped])
 
     @property
     def merely_cut(self) -> bool:
@@ -140,7 +158,7 @@ class LayerPlan(Record):
     def sources(self) -> list[int]:
         """Per new layer the source layer it takes its weights (or its replacement's start) from."""
         kept = self.window.start + self.occupied
-        return [*range(kept), *range(self.window.stop, self.num_layers)]
+        return [n for n in (*range(kept), *range(self.window.stop, self.num_layers)) if n not in self.dropped]
 
     @property
     def folded(self) -> int | None:
@@ -165,7 +183,8 @@ class LayerPlan(Record):
     def __str__(self) -> str:
         layers = {0: "nothing", 1: "1 layer"}.get(self.occupied, f"{self.occupied} layers")
         layers = layers if self.folded is None else f"a map folded into layer {self.folded}"
-        return f"layers {self.window} ({len(self.window)}) of {self.num_layers} -> {layers}, net {self.net}"
+        which = ", ".join(map(str, runs_of(self.gone)))
+        return f"layers {which} ({len(self.gone)}) of {self.num_layers} -> {layers}, net {self.net}"
 
 
 class Point(Record):

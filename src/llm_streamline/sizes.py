@@ -60,9 +60,9 @@ class Sizes:
         return max(0, self.total - self.layer * self.layers)
 
 
-def sizes_of(work: Workspace) -> Sizes:
+def sizes_of(work: Workspace, offloaded: bool = False) -> Sizes:
     """The sizes of a run, with the defaults that it would take. What the text gives is not known: it may be less."""
-    recipe, shape, config = work.recipe, work.shape, work.config
+    recipe, shape, config = work.recipe.from_disk if offloaded else work.recipe, work.shape, work.config
     block = block_length(recipe, context_length(config))
     layer, occupied = max(shape.layers), recipe.occupied
     tokens = (recipe.tokens or DEFAULT_TOKENS) * recipe.epochs
@@ -130,7 +130,7 @@ def _healing(work: Workspace, blocks: int) -> dict[str, int]:
 
 def _ranked(recipe: Recipe, layers: int) -> int:
     """As many windows as there are at most: those by which one net layer goes."""
-    chosen = recipe.window is not None or recipe.select == "cosine"
+    chosen = recipe.window is not None or recipe.select in ("cosine", "influence")
     return 0 if chosen else layers - recipe.protect_first - recipe.protect_last - recipe.occupied
 
 

@@ -57,7 +57,7 @@ class Settings:
         """What the recipe leaves open is decided from the text, the layers alive and their width, and the memory."""
         lr, min_lr = rates(recipe, alive[1])
         return cls(
-            loss=recipe.loss,
+            loss=recipe.loss_used,
             batch=recipe.batch or default_batch((len(training), training.shape[1]), recipe.accumulate, alive, memory),
             accumulate=recipe.accumulate,
             lr=lr,
@@ -70,15 +70,16 @@ class Settings:
         )
 
     def continued(self, snapshot: Snapshot) -> Settings:
-        """With the batch of a run that is continued: where it was left open, another machine would choose another."""
-        settings = replace(self, batch=snapshot.kept_setting().get("batch", self.batch))
+        """With batch and loss of a run that is continued: where left open, another machine would choose others."""
+        kept = snapshot.kept_setting()
+        settings = replace(self, **{name: kept.get(name, getattr(self, name)) for name in ("batch", "loss")})
         snapshot.setting = asdict(replace(settings, autocast=False))  # whose number format a machine may change
         return settings
 
 
 def rates(recipe: Recipe, width: int) -> tuple[float, float]:
     """The first and last learning rate. Errors: UserError where the last would be the higher."""
-    lr = recipe.lr or 1e-3 * min(1.0, math.sqrt(256 / width))
+    lr = recipe.lr or min(5e-3, 2e-3 * 256 / width)  # what AdamW's updates do to a layer's output grows with the width
     min_lr = lr / 10 if recipe.min_lr is None else recipe.min_lr
     if min_lr > lr:
         raise UserError(

@@ -108,8 +108,9 @@ def source_of(work: Workspace, plan: LayerPlan, settings: Settings, folder: RunF
 
 
 def settings_of(work: Workspace, training: Tensor) -> Settings:
-    alive = (alive_layers(work.recipe, work.shape.num_layers), work.config.hidden_size)
-    return Settings.resolve(work.recipe, training, alive, work.memory, work.bfloat16)
+    recipe = work.recipe.from_disk if work.offloads else work.recipe
+    alive = (alive_layers(recipe, work.shape.num_layers), work.config.hidden_size)
+    return Settings.resolve(recipe, training, alive, work.memory, work.bfloat16)
 
 
 def trained_before(folder: RunFolder, snapshot: Snapshot, name: str) -> Fit | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from llm_streamline.records import Fit, LayerPlan, LinearFit, Loss, Manifest, Scores, Window
+from llm_streamline.records import Fit, LayerPlan, LinearFit, Loss, Manifest, Scores, Window, runs_of
 
 FEW_SEQUENCES = 8  # held-out sequences below which a loss is a rough figure
 # excess in nats -> word and sentence; 0.02 nats are 2 % of perplexity, 0.1 are 11 %, 0.3 are 35 %, 1 is 172 %
@@ -53,13 +53,21 @@ def replacement_failed(plan: LayerPlan, scores: Scores) -> bool:
 
 
 def removed(plan: LayerPlan) -> str:
-    which = f"{layers(plan.window)} ({len(plan.window)} of {plan.num_layers}) {plural(plan.window, 'is', 'are')} gone"
+    runs = runs_of(plan.gone)
+    named = [layers(runs[0]), *(layers(run).partition(" ")[2] for run in runs[1:])]
+    several = len(plan.gone) > 1
+    named[0] = named[0].replace("Layer ", "Layers ") if several else named[0]
+    which = f"{_listed(named)} ({len(plan.gone)} of {plan.num_layers}) {'are' if several else 'is'} gone"
     after = plan.num_layers - plan.net
     fewer = 1 - plan.parameters_after / plan.parameters_before
     return (
-        f"{which}; {stand_in(plan)} in {plural(plan.window, 'its', 'their')} place. "
+        f"{which}; {stand_in(plan)} in {'their' if several else 'its'} place. "
         f"That leaves {after} of {plan.num_layers} layers and {fewer:.1%} fewer parameters."
     )
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:-1]) + " and " + names[-1] if len(names) > 1 else names[0]
 
 
 def layers(window: Window) -> str:

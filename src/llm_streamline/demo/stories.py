@@ -322,11 +322,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder to write to")
     parser.add_argument("--documents", type=int, default=2000, help="how many stories")
     parser.add_argument("--questions", type=int, default=300, help="how many questions")
+    parser.add_argument("--seed", type=int, help="of other stories and questions than the shipped ones")
     args = parser.parse_args()
-    stream = documents(TEXT_SEED)
+    text, asked = (TEXT_SEED, QUESTION_SEED) if args.seed is None else (args.seed, args.seed + 1)
+    stream = documents(text)
     stories: list[dict[str, object]] = [{"text": next(stream)} for _ in range(args.documents)]
     write_jsonl(args.out / "stories.jsonl", stories)
-    write_jsonl(args.out / "questions.jsonl", multiple_choice(QUESTION_SEED, args.questions))
+    write_jsonl(args.out / "questions.jsonl", multiple_choice(asked, args.questions))
 
 
 if __name__ == "__main__":
