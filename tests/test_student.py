@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
+from llm_streamline import student as student_module
 from llm_streamline.errors import UserError
 from llm_streamline.families import layers_of
 from llm_streamline.forward import run_window, substituted
 from llm_streamline.heal import Heal, parse_heal
 from llm_streamline.records import LayerPlan, Window
 from llm_streamline.replacement import ReplacementLayers, build_replacement
-from llm_streamline.student import Student, split, student_of
+from llm_streamline.student import Student, check_installed, split, student_of
 from tests import tiny
 
 WINDOW = Window(start=2, stop=4)
@@ -122,8 +123,8 @@ def test_what_heals_is_said_in_words_that_are_known():
 
 
 def test_without_peft_it_says_what_to_install(monkeypatch):
-    import sys
-
-    monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(UserError, match=r"llm-streamline\[heal\]"):
-        setup("llama", "lora")
+    monkeypatch.setattr(student_module, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"--heal lora:4 needs peft.*llm-streamline\[heal\]"):
+        check_installed("lora:4")
+    check_installed("all")
+    check_installed("none")

@@ -50,7 +50,7 @@ def choose_layers(similarity: Similarity, shape: ModelShape, recipe: Recipe, lay
     window = max(runs_of(layers), key=len)
     plain = most_similar(similarity, len(layers), recipe)
     how = {
-        "influence": "each of them changes the state less than any layer that stays",
+        "influence": "each of them changes the state less than any other that may go",
         "greedy": "one after the other, that by whose deletion the loss rises least",
     }
     why = f"{how[recipe.select or '']}: {', '.join(map(str, layers))}"

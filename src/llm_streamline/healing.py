@@ -15,7 +15,7 @@ from llm_streamline.heal import Heal, parse_heal
 from llm_streamline.records import Fit, LayerPlan, Window
 from llm_streamline.replacement import ReplacementLayers
 from llm_streamline.snapshot import Snapshot
-from llm_streamline.student import Student, split, student_of
+from llm_streamline.student import Student, check_installed, split, student_of
 from llm_streamline.tracking import tracking
 from llm_streamline.train import Settings, Trainer
 from llm_streamline.training import announce, keep, lessons, load_replacement, trained_before
@@ -27,7 +27,8 @@ SNAPSHOT = "healing.safetensors"
 
 
 def check_healing(work: Workspace) -> None:
-    """Errors: UserError where the layers that are to be trained cannot be held."""
+    """Errors: UserError where the layers that are to be trained cannot be held, or what trains them is not here."""
+    check_installed(work.recipe.heal)
     if work.recipe.heals and (work.offloads or work.estimate.writes_offloaded):
         raise UserError(
             f"--heal {work.recipe.heal} trains layers that have to be held in memory, and {work.recipe.model} does not "

@@ -114,7 +114,7 @@ class Recipe(Schema):
         "cut, whole), or all.",
     )
     heal_share: float = Field(
-        0.5, gt=0, lt=1, description="With --heal: its share of the training tokens; all where nothing else trains."
+        0.7, gt=0, lt=1, description="With --heal: its share of the training tokens; all where nothing else trains."
     )
     heal_loss: Annotated[str, AfterValidator(check_loss)] = Field(
         "kl", description="With --heal: its loss, as --loss takes it, of the states after the last layer or the logits."

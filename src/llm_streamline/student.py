@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from llm_streamline.errors import UserError
 from llm_streamline.families import layers_of, layers_prefix
 from llm_streamline.forward import LayerCall
-from llm_streamline.heal import Heal
+from llm_streamline.heal import Heal, parse_heal
 from llm_streamline.records import LayerPlan
 from llm_streamline.replacement import ReplacementLayers
 
@@ -98,6 +99,13 @@ def healed_parameters(model: PreTrainedModel, heal: Heal) -> int:
     return sum(counts if heal.kind == "all" else counts[: 2 * heal.size])
 
 
+def check_installed(heal: str) -> None:
+    """Errors: UserError for adapters without peft."""
+    wanted = parse_heal(heal)
+    if wanted and wanted.kind == "lora" and not find_spec("peft"):
+        raise UserError(f"--heal {heal} needs peft, which is not here; install llm-streamline[heal].")
+
+
 def sharing(layer: nn.Module) -> nn.Module:
     """The layer's modules anew around the same weights, so that they can be wrapped where the original is not."""
     shared = {id(value): value for value in (*layer.parameters(), *layer.buffers())}
@@ -110,11 +118,9 @@ def _own(layer: nn.Module) -> nn.Module:
 
 
 def _adapt(layers: Sequence[nn.Module], rank: int) -> None:
-    """Low-rank adapters on every linear map, which begin as nothing added. Errors: UserError without peft."""
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        raise UserError("--heal lora needs peft, which is not here; install llm-streamline[heal].") from error
+    """Low-rank adapters on every linear map, which begin as nothing added."""
+    from peft import LoraConfig, inject_adapter_in_model
+
     for layer in layers:
         linear = [name for name, module in layer.named_modules() if is_linear(module)]
         turned = any(isinstance(layer.get_submodule(name), Conv1D) for name in linear)
