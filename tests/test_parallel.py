@@ -269,7 +269,8 @@ def test_a_launcher_starts_one_run_of_two_processes(llama_folder, text_file, tmp
 @pytest.mark.slow
 def test_two_share_a_model_that_stays_on_the_disk_and_begin_afresh(text_file, tmp_path):
     model, out = tiny.make_folder(tmp_path / "model", "qwen3_moe"), tmp_path / "out"
-    recipe = Recipe(model=str(model), data=text_file, block=32, tokens="4k", remove=2, seed=1)
+    sizes = {"block": 32, "tokens": "4k", "calibration_tokens": 2000, "validation_tokens": 2000}
+    recipe = Recipe(model=str(model), data=text_file, remove=2, seed=1, **sizes)
     RunFolder.open(out, recipe).file("plan.json").write_text("of an earlier run")
     (out / ".partial-leftover").write_text("")
     (tmp_path / "tmp").mkdir()
