@@ -84,7 +84,7 @@ def questions(folder: Path) -> Path:
 
 def ended(out: Path, compute: str, *options: str) -> tuple[int, list[str]]:
     """The exit code and the lines on stderr."""
-    process = start(out, compute, "--tokens", "8k", *options)
+    process = start(out, compute, "--tokens", "8k", *options, module="bench.filled")
     err = process.communicate()[1]
     return process.returncode, err.splitlines()
 

@@ -13,15 +13,16 @@ import yaml
 from safetensors import SafetensorError, safe_open
 
 from llm_streamline.files import TEMPORARY
+from llm_streamline.lock import LOCK
 from llm_streamline.oracle import weight_hashes
 
 SMALL = ("--replace", "layer", "--calibration-tokens", "4k", "--validation-tokens", "2k", "--batch", "1")
 CHECKPOINT = "checkpoint.safetensors"
 
 
-def start(out: Path, compute: str, *options: str) -> subprocess.Popen[str]:
+def start(out: Path, compute: str, *options: str, module: str = "llm_streamline") -> subprocess.Popen[str]:
     """The run in a process group of its own; `options` are flags of `compress` and go after these."""
-    command = [sys.executable, "-m", "llm_streamline", "compress", "bundled", "--data", "bundled", "-o", str(out)]
+    command = [sys.executable, "-m", module, "compress", "bundled", "--data", "bundled", "-o", str(out)]
     command += [*SMALL, "--threads", "1", "--compute", compute, *options]
     pipes: dict[str, int] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     return subprocess.Popen(command, text=True, start_new_session=True, **pipes)
@@ -78,7 +79,8 @@ def loads(folder: Path) -> bool:
 
 
 def is_temporary(path: Path) -> bool:
-    return any(part.startswith(TEMPORARY) for part in path.parts)
+    """What a killed run may leave: half-written, or the lock that died with it, which the next one takes over."""
+    return any(part.startswith((TEMPORARY, LOCK)) for part in path.parts)
 
 
 def leftovers(out: Path) -> list[str]:
