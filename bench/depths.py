@@ -19,9 +19,7 @@ from typing import Any
 from bench.common import Finding
 
 DEPTHS, TOKENS, BOUND = (8, 16, 32, 64), 16_384, 1.15  # modules without weights take a little each
-WORK = (
-    DEPTHS[-1] * TOKENS
-)  # layers times tokens of every case: peaks are brief, and as likely to be seen in one as another
+WORK = DEPTHS[-1] * TOKENS  # layers times tokens of a case: a brief peak is as likely to be seen in each
 FEWER, MORE = 65_536, 196_608  # in two readings of the weights, and in six: the second finds what the first left
 
 

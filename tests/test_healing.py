@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import json
 import subprocess
 import sys
 
@@ -121,6 +120,7 @@ def test_a_killed_healing_goes_on_to_the_same_bits(recipe, tmp_path, monkeypatch
 def test_a_saved_format_of_fewer_bits_is_what_was_checked(recipe, tmp_path):
     result = run.compress(recipe(heal="all", dtype="bfloat16", **WAY), quiet(tmp_path))
     assert result.verification.passed and result.verification.logits_error < 1e-5
+    assert result.healing.lr == pytest.approx(0.15 * result.fit.lr)
     assert all(value.dtype == torch.bfloat16 for value in weights(tmp_path).values())
 
 
@@ -148,7 +148,7 @@ def test_layers_that_are_not_held_are_not_healed(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(Workspace, "offloads", True)
     with pytest.raises(UserError, match="have to be held in memory"):
         run.compress(recipe(heal="all", **WAY), quiet(tmp_path))
-    assert not tmp_path.exists() or not any(path.name != ".lock" for path in tmp_path.glob("[a-z]*"))
+    assert not [*tmp_path.iterdir()]
 
 
 def test_the_estimate_counts_it(recipe, tmp_path):
@@ -161,4 +161,4 @@ def test_the_estimate_counts_it(recipe, tmp_path):
     assert few < many < more
     both = stage(heal="all")
     assert both["healing"].tokens < stage(heal="all", heal_share=0.9)["healing"].tokens
-    assert json.dumps(both["training"].tokens) < json.dumps(stage()["training"].tokens)
+    assert both["training"].tokens < stage()["training"].tokens

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -22,7 +20,7 @@ from llm_streamline.scoring.perplexity import next_token_loss
 from llm_streamline.student import student_of
 from llm_streamline.workspace import Workspace
 from tests import tiny
-from tests.test_choose import LAYERS, SHAPE, similarity
+from tests.test_choose import SHAPE, similarity
 from tests.test_rank import work
 from tests.test_run import quiet, recipe, weights
 
@@ -62,7 +60,6 @@ def test_influence_takes_the_layers_that_change_least_between_the_protected_ends
     found = similarity({1: 4})
     assert least_influence(found, Recipe(model="m", protect_first=2), 1) == [4]
     assert set(least_influence(found, Recipe(model="m", protect_first=2, protect_last=3), 3)) == {2, 3, 4}
-    assert LAYERS == 8
 
 
 @pytest.mark.parametrize("name", ["llama", "opt", "gpt2"])
@@ -93,8 +90,6 @@ def test_greedy_takes_what_costs_least_each_time(llama_folder, text_file):
     second = min(set(range(1, 5)) - {first}, key=lambda layer: cost([first, layer]))
     measured = analyze(model, blocks, batch=4, quiet=True)
     assert selection.single(one, measured) == [first, second]
-    pairs = {pair: cost(pair) for pair in itertools.combinations(range(1, 5), 2)}
-    assert pairs[tuple(sorted((first, second)))] <= max(pairs.values())
 
 
 @pytest.mark.parametrize("select", ["influence", "greedy"])

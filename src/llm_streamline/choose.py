@@ -27,12 +27,6 @@ def choose(similarity: Similarity, shape: ModelShape, recipe: Recipe, ranking: R
         window = ranking.winner.window if ranking else most_similar(similarity, net + recipe.occupied, recipe)
         plain = most_similar(similarity, net, recipe) if recipe.occupied else window
         why = why_ranked(ranking) if ranking else _why(similarity, window, recipe)
-    after = parameters_after(shape, window, recipe.occupied)
-    if after >= shape.total:
-        raise UserError(
-            f"--replace {recipe.replace} has more parameters than layers {window} it stands for "
-            f"({shape.total:,} -> {after:,}); remove more layers, or use another replacement."
-        )
     return _plan(similarity, shape, recipe, Choice(window, plain, why))
 
 
@@ -70,8 +64,14 @@ def single_layers(depth: int, recipe: Recipe) -> range:
 
 
 def _plan(similarity: Similarity, shape: ModelShape, recipe: Recipe, choice: Choice) -> LayerPlan:
+    """Errors: UserError where what stands in is larger than what goes."""
     window, plain = choice.window, choice.plain
-    dropped = sum(shape.layers[layer] for layer in choice.dropped)
+    after = parameters_after(shape, window, recipe.occupied) - sum(shape.layers[layer] for layer in choice.dropped)
+    if after >= shape.total:
+        raise UserError(
+            f"--replace {recipe.replace} has more parameters than layers {window} it stands for "
+            f"({shape.total:,} -> {after:,}); remove more layers, or use another replacement."
+        )
     return LayerPlan(
         model=shape.name,
         model_type=shape.model_type,
@@ -81,7 +81,7 @@ def _plan(similarity: Similarity, shape: ModelShape, recipe: Recipe, choice: Cho
         custom_code=recipe.network,
         occupied=recipe.occupied,
         parameters_before=shape.total,
-        parameters_after=parameters_after(shape, window, recipe.occupied) - dropped,
+        parameters_after=after,
         similarity=similarity.of(window),
         similarity_se=similarity.error_of(window),
         plain_window=plain,

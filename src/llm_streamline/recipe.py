@@ -109,9 +109,9 @@ class Recipe(Schema):
     )
     heal: Annotated[str, AfterValidator(check_heal)] = Field(
         "none",
-        description="What else trains once the replacement is there, so that no layer stays as it was: lora (adapters "
-        "on all layers that stay, merged in the end), lora:8 for their rank, layers:2 (the two on either side of the "
-        "cut, whole), or all.",
+        description="What else trains once the replacement is there, whose weights are not the source's any more then: "
+        "lora (adapters on all layers that stay, merged in the end), lora:8 for their rank, layers:2 (the two on "
+        "either side of the cut, whole), or all.",
     )
     heal_share: float = Field(
         0.7, gt=0, lt=1, description="With --heal: its share of the training tokens; all where nothing else trains."

@@ -13,7 +13,7 @@ from llm_streamline.progress import say
 from llm_streamline.rank import rank
 from llm_streamline.ranking import NAMES, RANKING, SCORES, By, Ranking
 from llm_streamline.recipe import Recipe
-from llm_streamline.records import LayerPlan, Similarity, Window
+from llm_streamline.records import LayerPlan, Similarity, Window, runs_of
 from llm_streamline.workspace import RunFolder, Workspace
 
 FEWEST_ROWS = 4  # tokens in a half of the calibration part, for each row of a linear map
@@ -55,8 +55,8 @@ def one_by_one(work: Workspace, count: int) -> list[int]:
         left = [layer for layer in single_layers(work.shape.num_layers, work.recipe) if layer not in gone]
         windows = [Window(start=layer, stop=layer + 1) for layer in left]
         with ExitStack() as hooks:
-            for layer in gone:
-                hooks.enter_context(substituted(model, Window(start=layer, stop=layer + 1)))
+            for window in runs_of(gone):
+                hooks.enter_context(substituted(model, window))
             found = rank(model, work.parts.calibration, batch, windows, "loss", work.runtime.quiet, work.world)
         gone.append(found.winner.window.start)
     return gone
