@@ -75,7 +75,7 @@ def test_the_source_without_them_is_the_source_with_each_skipped(name):
         assert not torch.equal(model(ids).logits, found)
 
 
-def test_greedy_takes_what_costs_least_each_time(llama_folder, text_file):
+def test_greedy_takes_what_costs_least_each_time(llama_folder, text_file, monkeypatch):
     one = work(llama_folder, text_file, select="greedy", replace="none")
     model, blocks = one.model, one.parts.calibration
 
@@ -86,10 +86,19 @@ def test_greedy_takes_what_costs_least_each_time(llama_folder, text_file):
             with substituted(model, Window(start=layers[1], stop=layers[1] + 1)):
                 return next_token_loss(model, blocks, 4, "", quiet=True).nats
 
+    real, begun = selection.rank, []
+
+    def rank(*given):  # of the model as it is then: without what has gone before
+        begun.append(next_token_loss(model, blocks, 4, "", quiet=True).nats)
+        return real(*given)
+
+    monkeypatch.setattr(selection, "rank", rank)
+    dense = next_token_loss(model, blocks, 4, "", quiet=True).nats
     first = min(range(1, 5), key=lambda layer: cost([layer]))
     second = min(set(range(1, 5)) - {first}, key=lambda layer: cost([first, layer]))
     measured = analyze(model, blocks, batch=4, quiet=True)
     assert selection.single(one, measured) == [first, second]
+    assert begun == [dense, cost([first])] and begun[0] != begun[1]
 
 
 @pytest.mark.parametrize("select", ["influence", "greedy"])
