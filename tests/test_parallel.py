@@ -236,7 +236,7 @@ def test_a_world_of_one_does_nothing():
 
 
 def options(model: Path, text: Path, out: Path) -> list[str]:
-    sizes = ["--tokens", "60k", "--batch", "2", "--block", "32", "--remove", "2", "--compute", "float32"]
+    sizes = ["--tokens", "30k", "--batch", "2", "--block", "32", "--remove", "2", "--compute", "float32"]
     sizes += ["--select", "cosine", "--loss", "nmse", "--calibration-tokens", "2k", "--validation-tokens", "2k"]
     often = ["--tasks", "none", "--checkpoint-every", "0.05s", "--worker-timeout", "10s"]
     return ["llm_streamline", "compress", str(model), "--data", str(text), "-o", str(out), *sizes, *often]

@@ -166,17 +166,25 @@ def test_what_is_no_time_is_refused(given):
 def compress(model: Path, text: Path, out: Path) -> subprocess.Popen:
     options = ["--data", str(text), "-o", str(out), "--replace", "layer", "--block", "32", "--tasks", "none"]
     options += ["--select", "cosine", "--loss", "nmse", "--validation-tokens", "2k", "--calibration-tokens", "2k"]
-    options += ["--tokens", "30k", "--batch", "1", "--checkpoint-every", "0.05s", "--threads", "1"]
+    options += ["--tokens", "15k", "--batch", "1", "--checkpoint-every", "0.05s", "--threads", "1"]
     command = [sys.executable, "-m", "llm_streamline", "compress", str(model), *options]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.fixture(scope="module")
+def undisturbed(llama_folder, text_file, tmp_path_factory) -> dict[str, torch.Tensor]:
+    """The weights of a run that nobody has killed."""
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    run = compress(llama_folder, text_file, out)
+    err = run.communicate()[1]
+    assert run.returncode == 0, err
+    return load_file(out / "model" / "model.safetensors")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_run_that_is_killed_in_training_continues_there(number, llama_folder, text_file, tmp_path):
-    undisturbed, out = compress(llama_folder, text_file, tmp_path / "whole"), tmp_path / "out"
-    err = undisturbed.communicate()[1]
-    assert undisturbed.returncode == 0, err
+def test_a_run_that_is_killed_in_training_continues_there(number, llama_folder, text_file, tmp_path, undisturbed):
+    out = tmp_path / "out"
     first, snapshot = compress(llama_folder, text_file, out), out / "checkpoint.safetensors"
     while not snapshot.exists() and first.poll() is None:
         time.sleep(0.01)
@@ -191,5 +199,4 @@ def test_a_run_that_is_killed_in_training_continues_there(number, llama_folder, 
     (line,) = [line for line in err.splitlines() if line.startswith("resumed at step")]
     assert int(line.split()[3]) > 0
     assert not snapshot.exists()
-    one, other = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "out"))
-    assert same(one, other)
+    assert same(load_file(out / "model" / "model.safetensors"), undisturbed)
