@@ -46,7 +46,7 @@ METHODS: dict[str, dict[str, Any]] = {  # what of a recipe each sets; the tokens
     "paper-ffn": {"preset": "paper-ffn", "custom_code": True},
     "healed": {"heal": "all"},
     **{name: {"preset": name} for name in ("lora", "uidl", "shortgpt", "sleb", "replaceme")},
-    "ghost": {"preset": "ghost", "custom_code": True},
+    **{name: {"preset": name, "custom_code": True} for name in ("linearpatch", "ghost")},
 }
 
 

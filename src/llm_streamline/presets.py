@@ -39,6 +39,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "sleb": {**DELETED, "select": "greedy"},
     # ReplaceMe, arXiv 2505.02819: least squares, folded. Its form for a cosine objective is not here
     "replaceme": {**DELETED, "replace": "linear", "loss": "mse"},
+    # LinearPatch, NeurIPS 2025, without its training of the patch. Theirs has another rotation where the width is no
+    # power of two, and lies between two layers; ours is in one's place
+    "linearpatch": {**DELETED, "replace": "linear:patch"},
     # Ghosted Layers, arXiv 2605.15491: the unconstrained map at the cut. Theirs is no layer; ours is in one's place
     "ghost": {**DELETED, "replace": "linear:free", "loss": "mse"},
 }

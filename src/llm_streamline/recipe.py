@@ -17,7 +17,7 @@ from llm_streamline.schema import Schema, as_several, as_text
 
 def check_replace(value: str) -> str:
     """Errors: ValueError for what is no replacement."""
-    if not re.fullmatch(r"none|mlp|layer(:[1-9]\d*)?|(ffn|swiglu)(:residual)?|linear(:free)?", value):
+    if not re.fullmatch(r"none|mlp|layer(:[1-9]\d*)?|(ffn|swiglu)(:residual)?|linear(:free|:patch)?", value):
         raise ValueError("there is no such replacement")
     return value
 
@@ -75,7 +75,8 @@ class Recipe(Schema):
         "layer",
         description="What stands in for the window: none; layer (one of the model's own), layer:2 for two; mlp (one "
         "with its attention silent); the paper's ffn or swiglu, also as ffn:residual or swiglu:residual; linear (a map "
-        "in closed form, folded into the MLP below the window); or linear:free (one in a layer's place).",
+        "in closed form, folded into the MLP below the window), linear:free (one in a layer's place) or linear:patch "
+        "(there, one that only scales the state's channels).",
     )
     init: Literal["inherited", "random"] | None = Field(
         None,
@@ -84,8 +85,8 @@ class Recipe(Schema):
     )
     custom_code: bool = Field(
         False,
-        description="Let the saved model carry code of its own, as ffn, swiglu and linear:free need: it then loads "
-        "only with trust_remote_code=True.",
+        description="Let the saved model carry code of its own, as ffn, swiglu, linear:free and linear:patch need: it "
+        "then loads only with trust_remote_code=True.",
     )
     loss: Annotated[str | None, AfterValidator(check_loss)] = Field(
         None,
@@ -254,7 +255,7 @@ class Recipe(Schema):
     @property
     def network(self) -> bool:
         """Whether the replacement is a network that stock transformers does not know."""
-        return self.replace == "linear:free" or self.replace.partition(":")[0] in ("ffn", "swiglu")
+        return self.replace in ("linear:free", "linear:patch") or self.replace.partition(":")[0] in ("ffn", "swiglu")
 
     @property
     def solved(self) -> bool:

@@ -15,6 +15,7 @@ from llm_streamline.objective import parse_objective
 Matrix = list[list[float]]
 R = TypeVar("R", bound="Record")
 FOLDED = "linear"  # the replacement that occupies no layer and changes the one below its window
+PATCH = "linear:patch"  # the map that is measured, not solved for
 
 
 class Record(BaseModel):
@@ -238,6 +239,8 @@ class Fit(Record):
 
 class LinearFit(Record):
     """What the closed form found: the linear map of the least distillation loss on `tokens` training tokens.
+
+    A patch is measured and has no ridge: 0.
 
     Of several ridges the one was kept whose map has the lowest loss on the validation part; None where none of them
     was better there than no map. The shares are of what the window adds to its input, and remain when the map is used.

@@ -12,6 +12,7 @@ and positions are right in training as they are later.
                     ':residual' x + f(norm(x)); saved with code of their own      1
     linear          a map in closed form, folded into the MLP below the window    0
     linear:free     x + x M in closed form; saved with code of its own            1
+    linear:patch    the same, its channels only scaled in a rotated space         1
 """
 
 from __future__ import annotations

@@ -153,7 +153,7 @@ def hooked(plan: LayerPlan) -> str:
 
 def solved(fit: LinearFit) -> str:
     """What a closed form found, in a line."""
-    ridge = "no ridge helped: the identity" if fit.ridge is None else f"ridge {fit.ridge:g}"
+    ridge = {None: "no ridge helped: the identity", 0.0: "measured"}.get(fit.ridge, f"ridge {fit.ridge}")
     return (
         f"a linear map on {fit.tokens:,} tokens, {ridge}; {fit.loss} {fit.validation_before:.5f} -> "
         f"{fit.validation_after:.5f}, {fit.validation_unexplained:.1%} of what the window adds is left unexplained"
