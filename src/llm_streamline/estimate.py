@@ -23,6 +23,7 @@ LIBRARIES = 450 * 10**6  # bytes that torch and its like take in a process that 
 CHECKER = 330 * 10**6  # the same in the process that checks a saved folder, which has run no text
 STATES = 2**25  # of float32 copies while states are compared, of which two are alive
 VALIDATIONS = 6
+TURNING = 16  # bytes per value of a matrix while Muon makes its step orthogonal: measured 12 to 16
 LOGIT_COPIES = 8  # of a chunk in float32, while its gradient is taken: measured 7 (bench/logits.py)
 RANKED_COPIES = 5  # in float32, while losses and KL are computed
 BLAME = {
@@ -174,7 +175,7 @@ def _training(sizes: Sizes, model: int, offloaded: bool) -> list[Stage]:
     if sizes.solved:
         return [_closed_form(sizes, model, offloaded)]
     step = sizes.batch * sizes.block
-    weights = sizes.trained * 4 * 4  # a weight, its gradient and two moments, in float32
+    weights = sizes.trained * 4 * sizes.copies + sizes.turned * TURNING
     cast = sizes.trained * 2 if sizes.compute_bytes == 2 else 0
     backward = _kept_for_backward(sizes, step)
     waiting = 2 * _waiting(sizes, max(sizes.training, sizes.validation), offloaded)
@@ -184,7 +185,7 @@ def _training(sizes: Sizes, model: int, offloaded: bool) -> list[Stage]:
             name="training",
             on_device=True,
             memory=model + waiting + cast + peak,
-            disk=(3 + 1 + 1) * sizes.trained * 4 + sizes.cache,
+            disk=(sizes.copies + 1) * sizes.trained * 4 + sizes.cache,
             tokens=sizes.training + VALIDATIONS * sizes.validation,
         )
     ]
@@ -195,14 +196,14 @@ def _healing(sizes: Sizes, model: int) -> list[Stage]:
     if not sizes.healed:
         return []
     step = sizes.heal_batch * sizes.block
-    weights = sizes.healed * (4 * 4 + (2 if sizes.compute_bytes == 2 else 0))
+    weights = sizes.healed * (4 * sizes.copies + (2 if sizes.compute_bytes == 2 else 0)) + sizes.turned * TURNING
     states = sizes.layers * _kept_for_backward(sizes, step) + sizes.heal_logits * LOGIT_COPIES * 4
     return [
         Stage(
             name="healing",
             on_device=True,
             memory=model + weights + states,
-            disk=(3 + 1 + 1) * sizes.healed * 4,
+            disk=(sizes.copies + 1) * sizes.healed * 4,
             tokens=sizes.healing + VALIDATIONS * sizes.validation,
         )
     ]

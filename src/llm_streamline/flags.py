@@ -19,7 +19,7 @@ _SHORT = {"output": "-o"}
 ONLY_COMPRESS = {
     *("window", "init", "loss", "temperature", "tokens", "batch", "accumulate", "lr", "min_lr"),
     *("weight_decay", "warmup", "clip", "dtype", "preset", "dry_run", "tracker", "tasks", "checkpoint_every", "fresh"),
-    *("epochs", "cache"),
+    *("epochs", "cache", "optimizer"),
 }
 NOT_ESTIMATE = {"dry_run", "tracker", "tasks", "checkpoint_every", "worker_timeout", "fresh"}
 NOT_ESTIMATE |= {"seed", "lr", "min_lr", "clip", "warmup", "temperature"}

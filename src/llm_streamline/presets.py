@@ -12,6 +12,7 @@ from typing import Any
 PAPER: dict[str, Any] = {
     "select": "cosine",
     "loss": "mse",
+    "optimizer": "adamw",
     "lr": 2e-4,
     "min_lr": 5e-5,
     "weight_decay": 1e-3,

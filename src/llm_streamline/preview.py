@@ -41,7 +41,7 @@ def estimate_only(recipe: Recipe, runtime: Runtime) -> Estimate:
     work = Workspace(recipe, runtime)
     check_request(work.shape, work.recipe)
     sizes = sizes_of(work, work.estimate.offloaded)
-    rates = probe(work.config, sizes, work.compute_dtype, work.device, recipe.replace)
+    rates = probe(work.config, sizes, work.compute_dtype, work.device, recipe)
     return timed(work.estimate, sizes, rates)
 
 

@@ -13,6 +13,8 @@ from llm_streamline.estimate import VALIDATIONS, Estimate
 from llm_streamline.families import sliced_config
 from llm_streamline.forward import run_window
 from llm_streamline.moments import Moments
+from llm_streamline.optimizers import make_optimizer
+from llm_streamline.recipe import Recipe
 from llm_streamline.records import Window
 from llm_streamline.replacement import build_replacement
 from llm_streamline.sizes import Sizes
@@ -28,7 +30,7 @@ class Rates:
     training: float
 
 
-def probe(config: PretrainedConfig, sizes: Sizes, dtype: torch.dtype, device: str, replace: str) -> Rates:
+def probe(config: PretrainedConfig, sizes: Sizes, dtype: torch.dtype, device: str, recipe: Recipe) -> Rates:
     """Time a model of one layer with a small vocabulary, on random tokens in the micro-batches of the run."""
     small = sliced_config(config, [0])
     small.vocab_size, small.pad_token_id = VOCABULARY, None
@@ -42,8 +44,8 @@ def probe(config: PretrainedConfig, sizes: Sizes, dtype: torch.dtype, device: st
         if sizes.solved:
             return Rates(forward, _adding(model, ids, device))
         passage = run_window(model, window, ids[: sizes.batch])
-        replacement = build_replacement(model, [0], "random", 0, replace).to(device)
-        optimizer = torch.optim.AdamW(replacement.trained(), fused=True)
+        replacement = build_replacement(model, [0], "random", 0, recipe.replace).to(device)
+        optimizer = make_optimizer(recipe.optimizer, replacement.trained(), 1e-3, 0.0)
 
         def step() -> None:
             prediction = replacement.run(passage.entering.float(), passage.calls)

@@ -140,7 +140,12 @@ class Recipe(Schema):
         description="Peak learning rate. [default: 2e-3 at width 256, falling with the width, 5e-3 at most]",
     )
     min_lr: float | None = Field(None, ge=0, description="Learning rate of the last step. [default: a tenth of --lr]")
-    weight_decay: float = Field(1e-3, ge=0, description="AdamW weight decay.")
+    optimizer: Literal["muon", "adamw"] = Field(
+        "muon",
+        description="What takes the steps: muon for weights that are matrices, with adamw for the rest, or adamw "
+        "alone, as always for the adapters of --heal lora.",
+    )
+    weight_decay: float = Field(1e-3, ge=0, description="The optimizer's weight decay.")
     warmup: Fraction = Field(0.01, description="Share of the steps in which the learning rate rises.")
     clip: float = Field(5.0, gt=0, description="Largest gradient norm.")
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of the text split, the training order and random starts.")

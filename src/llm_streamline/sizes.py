@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llm_streamline.checkpoint import context_length
-from llm_streamline.families import inner_width
+from llm_streamline.families import inner_width, layers_of
 from llm_streamline.heal import parse_heal
 from llm_streamline.memory import FORWARD_TOKENS, alive_layers, default_batch, layers_above
+from llm_streamline.optimizers import MUON
 from llm_streamline.ranking import SHORTLIST
 from llm_streamline.records import FOLDED
 from llm_streamline.student import healed_parameters
@@ -32,6 +33,8 @@ class Sizes:
     inner: int
     vocabulary: int
     trained: int  # parameters of the replacement, or of the layer that a map is folded into
+    copies: int  # float32 values held for one that trains: itself, its gradient, and what the optimizer remembers
+    turned: int  # values of the largest matrix that Muon makes orthogonal; 0 for AdamW
     healed: int  # parameters that train once the replacement is there; as the next three, 0 where none do
     heal_batch: int  # sequences of a micro-batch
     heal_logits: int
@@ -71,7 +74,6 @@ def sizes_of(work: Workspace, offloaded: bool = False) -> Sizes:
     states = 2 * tokens // recipe.epochs * config.hidden_size * work.compute_dtype.itemsize
     looks_through = recipe.objective.above and occupied
     ranked = _ranked(recipe, shape.num_layers)
-    heal = _healing(work, blocks)
     return Sizes(
         total=shape.total,
         layer=layer,
@@ -81,7 +83,8 @@ def sizes_of(work: Workspace, offloaded: bool = False) -> Sizes:
         inner=inner_width(config),
         vocabulary=vocabulary,
         trained=(shape.network or layer) * (1 if recipe.replace == FOLDED else occupied),
-        **heal,
+        **_remembered(work),
+        **_healing(work, blocks),
         solved=recipe.solved,
         above=layers_above(recipe, shape.num_layers),
         logits=min(chunk_positions(batch, vocabulary), block) * batch * vocabulary if looks_through else 0,
@@ -96,10 +99,18 @@ def sizes_of(work: Workspace, offloaded: bool = False) -> Sizes:
         forward=max(block, FORWARD_TOKENS // block * block),
         batch=batch,
         calibration=recipe.calibration_tokens or CALIBRATION_TOKENS,
-        training=0 if recipe.replace == "none" else tokens - heal["healing"],
+        training=0 if recipe.replace == "none" else tokens - _healing(work, blocks)["healing"],
         validation=recipe.validation_tokens or VALIDATION_TOKENS,
         ram=work.ram,
     )
+
+
+def _remembered(work: Workspace) -> dict[str, int]:
+    """What an optimizer holds: Muon less than AdamW, where all that is large are matrices and not experts in one."""
+    matrices = all(value.ndim < 3 for layer in layers_of(work.skeleton) for value in layer.parameters())
+    if work.recipe.optimizer == MUON and matrices and not work.recipe.heal.startswith("lora"):
+        return {"copies": 3, "turned": work.largest_weight}
+    return {"copies": 4, "turned": 0}
 
 
 def _micro_batch(work: Workspace, blocks: tuple[int, int], layers: int) -> int:

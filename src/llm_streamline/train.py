@@ -27,6 +27,7 @@ from llm_streamline.losses import LOSSES
 from llm_streamline.memory import default_batch
 from llm_streamline.objective import Objective, Part, parse_objective
 from llm_streamline.offload import is_offloaded
+from llm_streamline.optimizers import ADAMW, make_optimizer
 from llm_streamline.parallel import ALONE, World, sum_gradients
 from llm_streamline.passages import Passages, passages_of
 from llm_streamline.progress import Advance, progress, say
@@ -51,6 +52,7 @@ class Settings:
     clip: float
     autocast: bool
     temperature: float = 1.0
+    optimizer: str = ADAMW
 
     @classmethod
     def resolve(cls, recipe: Recipe, training: Tensor, alive: tuple[int, int], memory: int, autocast: bool) -> Settings:
@@ -67,6 +69,7 @@ class Settings:
             clip=recipe.clip,
             autocast=autocast,
             temperature=recipe.temperature,
+            optimizer=recipe.optimizer,
         )
 
     def continued(self, snapshot: Snapshot) -> Settings:
@@ -190,8 +193,8 @@ class Trainer:
         return int((interrupt and signal.SIGINT) or (terminate and signal.SIGTERM)), bool(due)
 
     def optimizer(self) -> torch.optim.Optimizer:
-        decay = self.settings.weight_decay
-        return torch.optim.AdamW(self.replacement.trained(), lr=self.settings.lr, weight_decay=decay, fused=True)
+        settings = self.settings
+        return make_optimizer(settings.optimizer, self.replacement.trained(), settings.lr, settings.weight_decay)
 
     def fit(self, training: Tensor, validation: Tensor) -> Fit:
         """Train on (N, T) token ids in the order given and leave the best weights in the replacement.

@@ -1,0 +1,57 @@
+"""What takes a training step: Muon for the matrices of layers with AdamW for all else, or AdamW alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+ADAMW, MUON = "adamw", "muon"
+
+
+def make_optimizer(name: str, weights: Sequence[nn.Parameter], lr: float, decay: float) -> torch.optim.Optimizer:
+    """`muon` or `adamw` over the weights, in their order; steps of the two are of one size at one learning rate."""
+    matrices = [weight for weight in weights if weight.ndim == 2]
+    if name == ADAMW or not matrices:
+        return torch.optim.AdamW(weights, lr=lr, weight_decay=decay, fused=True)
+    others = [weight for weight in weights if weight.ndim != 2]
+    muon = torch.optim.Muon(matrices, lr=lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+    return Several([muon, *([torch.optim.AdamW(others, lr=lr, weight_decay=decay, fused=True)] if others else [])])
+
+
+class Several(torch.optim.Optimizer):
+    """Optimizers that step together, each for weights of its own; their state is numbered through."""
+
+    def __init__(self, parts: Sequence[torch.optim.Optimizer]) -> None:
+        self.parts = parts
+        super().__init__([weight for part in parts for group in part.param_groups for weight in group["params"]], {})
+        self.param_groups = [group for part in parts for group in part.param_groups]  # the parts' own: a rate is theirs
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for part in self.parts:
+            part.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        found: dict[str, Any] = {"state": {}, "param_groups": []}
+        for first, part in zip(self._firsts(), self.parts, strict=True):
+            own = part.state_dict()
+            found["state"] |= {first + place: state for place, state in own["state"].items()}
+            found["param_groups"] += own["param_groups"]
+        return found
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        firsts = self._firsts()
+        for first, end, part in zip(firsts, [*firsts[1:], None], self.parts, strict=True):
+            own = {
+                place - first: state
+                for place, state in state_dict["state"].items()
+                if first <= place and (end is None or place < end)
+            }
+            part.load_state_dict({"state": own, "param_groups": part.state_dict()["param_groups"]})
+
+    def _firsts(self) -> list[int]:
+        """Per part the number of its first weight."""
+        counts = [sum(len(group["params"]) for group in part.param_groups) for part in self.parts]
+        return [sum(counts[:number]) for number in range(len(counts))]

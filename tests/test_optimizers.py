@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from llm_streamline.optimizers import Several, make_optimizer
+
+
+def weights(seed: int = 0) -> list[torch.nn.Parameter]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(8,), (8, 12), (3, 4, 4), (6, 8)]
+    return [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+
+
+def stepped(optimizer: torch.optim.Optimizer, own: list[torch.nn.Parameter], steps: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        for weight in own:
+            weight.grad = torch.randn(weight.shape, generator=generator)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_matrices_get_orthogonal_steps_and_all_else_adamws():
+    own, plain = weights(), weights()
+    before = [weight.detach().clone() for weight in own]
+    stepped(make_optimizer("muon", own, 0.01, 0.0), own, 1, 1)
+    stepped(torch.optim.AdamW(plain, lr=0.01, weight_decay=0.0), plain, 1, 1)
+    for weight, other, old in zip(own, plain, before, strict=True):
+        if weight.ndim == 2:
+            singular = torch.linalg.svdvals(weight.detach() - old)
+            assert singular.max() < 1.8 * singular.min(), "a step of equal size in all directions"
+            assert float((weight.detach() - old).square().mean().sqrt()) == pytest.approx(0.2 * 0.01, rel=0.3), "of the size of AdamW's"
+        else:
+            torch.testing.assert_close(weight, other)
+
+
+def test_a_rate_is_for_all_and_adamw_is_as_it_was():
+    own = weights()
+    optimizer = make_optimizer("muon", own, 0.01, 0.0)
+    before = [weight.detach().clone() for weight in own]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    stepped(optimizer, own, 2, 1)
+    assert all(torch.equal(weight, old) for weight, old in zip(own, before, strict=True))
+    assert type(make_optimizer("adamw", own, 0.01, 0.0)) is torch.optim.AdamW
+    assert type(make_optimizer("muon", own[:1], 0.01, 0.0)) is torch.optim.AdamW, "no matrix, no Muon"
+
+
+def test_its_state_can_be_kept_and_put_back_to_the_bit():
+    whole, first, again = weights(), weights(), weights(5)
+    stepped(make_optimizer("muon", whole, 0.01, 0.1), whole, 3, 1)
+    one = make_optimizer("muon", first, 0.01, 0.1)
+    stepped(one, first, 3, 1)
+    state = one.state_dict()
+    assert isinstance(one, Several) and sorted(state["state"]) == [0, 1, 2, 3]
+    other = make_optimizer("muon", again, 0.01, 0.1)
+    for weight, source in zip(again, first, strict=True):
+        weight.data.copy_(source.data)
+    other.load_state_dict({"state": copy.deepcopy(state["state"]), "param_groups": other.state_dict()["param_groups"]})
+    for optimizer, own in ((one, first), (other, again)):
+        stepped(optimizer, own, 2, 9)
+    assert all(torch.equal(*pair) for pair in zip(first, again, strict=True))
+    assert not torch.equal(first[1], whole[1])
