@@ -161,8 +161,8 @@ def add_rows(options: argparse.Namespace) -> None:
                 print(f"{file.stem}: excess {row['validation']:.4f} nats, {row['seconds']:.0f} s", file=sys.stderr)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def flags(description: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", type=Path)
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", required=True)
@@ -172,7 +172,11 @@ def main() -> None:
     parser.add_argument("--remove", nargs="+", default=["25%", "42%"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--tokens", default="500k")
-    add_rows(parser.parse_args())
+    return parser
+
+
+def main() -> None:
+    add_rows(flags(__doc__).parse_args())
 
 
 if __name__ == "__main__":

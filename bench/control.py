@@ -1,0 +1,81 @@
+"""The control of `bench.quality`: the dense model itself, trained on the text's next tokens as the methods' models are.
+
+`python -m bench.control ROWS --model MODEL --data TEXT.jsonl --heldout TEXT.jsonl --questions TASK.jsonl [--seeds 0 1 2]`
+
+adds the rows `control` (one layer trains, as where a replacement does) and `control-all` (every layer, as where the rest
+is healed). A loss against the dense model's own states or logits has nothing to teach it, and would give its own row.
+What they gain is what the text alone teaches a model of this size: excess losses can be read over it too.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.quality import Judge, flags
+from llm_streamline.files import write_text
+from llm_streamline.forward import substituted
+from llm_streamline.healing import GENTLER
+from llm_streamline.memory import release
+from llm_streamline.recipe import Recipe, Runtime
+from llm_streamline.records import Fit, LayerPlan, Window
+from llm_streamline.replacement import build_replacement
+from llm_streamline.student import Student
+from llm_streamline.text import shuffled
+from llm_streamline.train import Settings, Trainer
+from llm_streamline.workspace import Workspace
+
+WHOLE = {"control": False, "control-all": True}
+
+
+def trained(work: Workspace, every: bool) -> tuple[Student, Fit]:
+    """The dense model's layers, one in the middle or all of them trained by the loss of the next token."""
+    model, layers = work.model, work.shape.num_layers
+    plan = LayerPlan.model_construct(
+        window=Window(start=0, stop=layers), num_layers=layers, occupied=layers, dropped=[]
+    )
+    student = Student(list(build_replacement(model, range(layers), "inherited", 0)), plan)
+    for number, layer in enumerate(student):
+        layer.requires_grad_(every or number == layers // 2)
+    blocks = shuffled(work.parts.training, work.recipe.seed)
+    settings = Settings.resolve(work.recipe, blocks, (layers, work.config.hidden_size), work.memory, work.bfloat16)
+    trainer = Trainer(model, plan.window, student, settings, quiet=True)
+    return student, trainer.fit(blocks, work.parts.validation)
+
+
+def controlled(recipe: Recipe, every: bool, judge: Judge) -> dict[str, Any]:
+    release()
+    spent = time.process_time()
+    work = Workspace(recipe, Runtime(quiet=True))
+    student, fit = trained(work, every)
+    seconds = time.process_time() - spent
+    with substituted(work.model, Window(start=0, stop=work.shape.num_layers), list(student)):
+        row = judge.row(work.model)
+    gained = {"validation": fit.validation_best - fit.validation_before, "validation_dense": fit.validation_before}
+    tokens = {"trained": fit.trained_parameters, "tokens": fit.tokens, "training_seconds": fit.seconds, "memory": 0}
+    return {"window": "", "parameters": work.shape.total, "cpu_seconds": seconds, **tokens, **gained, **row}
+
+
+def main() -> None:
+    options = flags(__doc__).parse_args()
+    judge = Judge(options.model, options.heldout, options.questions)
+    for seed in options.seeds:
+        for name, every in WHOLE.items():
+            if all((options.rows / f"{name}-{remove.rstrip('%')}-{seed}.json").exists() for remove in options.remove):
+                continue
+            base = {"model": options.model, "data": options.data, "tokens": options.tokens, "seed": seed, "loss": "lm"}
+            row = controlled(Recipe(**base, lr=2e-3 * GENTLER if every else None), every, judge)
+            for remove in options.remove:  # nothing is removed: the row is the same beside every share
+                file: Path = options.rows / f"{name}-{remove.rstrip('%')}-{seed}.json"
+                write_text(file, json.dumps({"method": name, "remove": remove, "seed": seed, **row}))
+            print(f"{name}-{seed}: excess {row['validation']:.4f} nats", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    main()
