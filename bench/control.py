@@ -1,10 +1,11 @@
-"""The control of `bench.quality`: the dense model itself, trained on the text's next tokens as the methods' models are.
+"""The control of `bench.quality`: the dense model itself, trained on the text's next tokens as others' models are.
 
-`python -m bench.control ROWS --model MODEL --data TEXT.jsonl --heldout TEXT.jsonl --questions TASK.jsonl [--seeds 0 1 2]`
+`python -m bench.control ROWS --model MODEL --data TEXT.jsonl --heldout TEXT.jsonl --questions TASK.jsonl
+    [--seeds 0 1 2]`
 
-adds the rows `control` (one layer trains, as where a replacement does) and `control-all` (every layer, as where the rest
-is healed). A loss against the dense model's own states or logits has nothing to teach it, and would give its own row.
-What they gain is what the text alone teaches a model of this size: excess losses can be read over it too.
+adds the rows `control` (one layer trains, as where a replacement does) and `control-all` (every layer, as where the
+rest is healed). A loss against the dense model's own states or logits has nothing to teach it, and would give its own
+row. What they gain is what the text alone teaches a model of this size: excess losses can be read over it too.
 """
 
 from __future__ import annotations

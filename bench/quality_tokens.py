@@ -1,0 +1,64 @@
+"""Excess loss against the training tokens: a table and a figure of rows of `bench.quality` at several budgets.
+
+`python -m bench.quality_tokens 5k=ROWS 50k=ROWS 500k=ROWS [--remove 25%] [--figure FILE]`
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from bench.quality_table import Compared, read
+from llm_streamline.quantities import parse_count
+
+OURS = ("default", "healed")
+
+
+def excesses(folders: dict[str, Path], remove: str) -> dict[str, dict[int, float]]:
+    """By method, by tokens: nats per held-out token over the dense model, the mean of the seeds that are there."""
+    found: dict[str, dict[int, float]] = {}
+    for tokens, folder in folders.items():
+        dense, rows = read(folder)
+        for name, own in rows.get(remove, {}).items():
+            found.setdefault(name, {})[parse_count(tokens)] = Compared(dense, own).excess()
+    return found
+
+
+def table(found: dict[str, dict[int, float]]) -> None:
+    budgets = sorted({tokens for own in found.values() for tokens in own})
+    print("| method |" + "".join(f" {tokens:,} tokens |" for tokens in budgets))
+    print("|---|" + "---|" * len(budgets))
+    for name in sorted(found, key=lambda name: found[name].get(budgets[-1], float("inf"))):
+        cells = (f" {found[name][tokens]:.4f} |" if tokens in found[name] else " |" for tokens in budgets)
+        print(f"| `{name}` |" + "".join(cells))
+
+
+def draw(found: dict[str, dict[int, float]], file: Path) -> None:
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    for name, own in sorted(found.items(), key=lambda one: -one[1][max(one[1])]):
+        tokens, ours = sorted(own), name in OURS
+        style = {"linewidth": 2.4, "marker": "o"} if ours else {"linewidth": 1, "marker": ".", "alpha": 0.8}
+        axes.plot(tokens, [own[one] for one in tokens], label=name, **style)
+    axes.set(xscale="log", xlabel="training tokens", ylabel="excess loss, nats per held-out token")
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", metavar="TOKENS=ROWS")
+    parser.add_argument("--remove", default="25%")
+    parser.add_argument("--figure", type=Path)
+    options = parser.parse_args()
+    pairs = (pair.partition("=") for pair in options.folders)
+    found = excesses({tokens: Path(folder) for tokens, _, folder in pairs}, options.remove)
+    table(found)
+    if options.figure:
+        draw(found, options.figure)
+
+
+if __name__ == "__main__":
+    main()
