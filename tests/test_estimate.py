@@ -56,9 +56,18 @@ def test_what_is_read_layer_by_layer_takes_less_and_does_not_grow_with_depth(lla
 
 
 def test_memory_does_not_grow_with_tokens(llama_folder):
-    few, many = (stages(workspace(llama_folder, tokens=tokens, batch=2)) for tokens in (3200, 320000))
+    few, many = (stages(workspace(llama_folder, tokens=tokens, batch=2, optimizer="adamw")) for tokens in (3200, 320000))
     assert {name: stage.memory for name, stage in few.items()} == {name: stage.memory for name, stage in many.items()}
     assert few["training"].tokens < many["training"].tokens
+
+
+def test_muon_remembers_less_than_adamw():
+    one, other = (sizes_of(workspace("bundled", optimizer=name)) for name in ("muon", "adamw"))
+    large = [dataclasses.replace(sizes, trained=10**9, turned=sizes.turned and 10**7) for sizes in (one, other)]
+    memory = [{stage.name: stage.memory for stage in predict(sizes, False, False)}["training"] for sizes in large]
+    assert memory[1] - memory[0] == 4 * 10**9 - 16 * 10**7
+    few, many = (sizes_of(workspace("bundled", tokens=tokens)) for tokens in (3200, 32000))
+    assert (few.copies, many.copies) == (4, 3)
 
 
 def test_nothing_is_trained_for_none(llama_folder):

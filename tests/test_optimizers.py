@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 
-from llm_streamline.optimizers import Several, make_optimizer
+from llm_streamline.optimizers import Several, default_rate, make_optimizer, optimizer_for
+from llm_streamline.recipe import Recipe
 
 
 def weights(seed: int = 0) -> list[torch.nn.Parameter]:
@@ -32,7 +33,9 @@ def test_matrices_get_orthogonal_steps_and_all_else_adamws():
         if weight.ndim == 2:
             singular = torch.linalg.svdvals(weight.detach() - old)
             assert singular.max() < 1.8 * singular.min(), "a step of equal size in all directions"
-            assert float((weight.detach() - old).square().mean().sqrt()) == pytest.approx(0.2 * 0.01, rel=0.3), "of the size of AdamW's"
+            assert float((weight.detach() - old).square().mean().sqrt()) == pytest.approx(0.2 * 0.01, rel=0.3), (
+                "of the size of AdamW's"
+            )
         else:
             torch.testing.assert_close(weight, other)
 
@@ -47,6 +50,30 @@ def test_a_rate_is_for_all_and_adamw_is_as_it_was():
     assert all(torch.equal(weight, old) for weight, old in zip(own, before, strict=True))
     assert type(make_optimizer("adamw", own, 0.01, 0.0)) is torch.optim.AdamW
     assert type(make_optimizer("muon", own[:1], 0.01, 0.0)) is torch.optim.AdamW, "no matrix, no Muon"
+
+
+@pytest.mark.parametrize(
+    ("sequences", "changes", "wanted"),
+    [
+        (249, {}, "adamw"),
+        (250, {}, "muon"),
+        (499, {"batch": 2}, "adamw"),
+        (1000, {"batch": 2, "accumulate": 2}, "muon"),
+        (9, {"optimizer": "muon"}, "muon"),
+        (9999, {"optimizer": "adamw"}, "adamw"),
+        (9999, {"preset": "paper"}, "adamw"),
+    ],
+)
+def test_many_steps_are_muons(sequences, changes, wanted):
+    assert optimizer_for(Recipe(model="m", **changes), sequences) == wanted
+
+
+def test_rates_fall_with_the_width_and_adapters_are_adamws():
+    assert [default_rate("adamw", width) for width in (32, 256, 4096)] == [5e-3, 2e-3, 1.25e-4]
+    assert [default_rate("muon", width) for width in (32, 256, 4096)] == [1e-2, 4e-3, 2.5e-4]
+    recipe = Recipe(model="m", replace="none", heal="lora")
+    assert optimizer_for(recipe.healing, 9999) == "adamw"
+    assert optimizer_for(Recipe(model="m", replace="none", heal="all").healing, 9999) == "muon"
 
 
 def test_its_state_can_be_kept_and_put_back_to_the_bit():

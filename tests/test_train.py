@@ -168,11 +168,12 @@ def test_open_settings_follow_the_text_and_the_width():
     recipe = Recipe(model="m")
     blocks = torch.zeros(4000, 256, dtype=torch.int32)
     settings = Settings.resolve(recipe, blocks, (32, 4096), 2**36, autocast=False)
-    assert settings.lr == pytest.approx(1.25e-4) and settings.min_lr == pytest.approx(1.25e-5)
-    assert Settings.resolve(recipe, blocks, (32, 128), 2**36, autocast=False).lr == 4e-3
-    assert Settings.resolve(recipe, blocks, (32, 32), 2**36, autocast=False).lr == 5e-3
-    assert default_batch((4000, 256), 1, (2, 64), 2**36) == 16
+    assert settings.lr == pytest.approx(2.5e-4) and settings.min_lr == pytest.approx(2.5e-5)
+    assert settings.optimizer == "muon"
+    few = Settings.resolve(recipe, blocks[:100], (32, 4096), 2**36, autocast=False)
+    assert few.optimizer == "adamw" and few.lr == pytest.approx(1.25e-4)
+    assert default_batch((4000, 256), 1, (2, 64), 2**36) == 4
     assert default_batch((100, 256), 1, (2, 64), 2**36) == 1
-    assert default_batch((10**6, 2048), 1, (2, 64), 2**36) == 8
-    assert default_batch((4000, 256), 4, (2, 64), 2**36) == 4
+    assert default_batch((10**7, 2048), 1, (2, 64), 2**36) == 8
+    assert default_batch((4000, 256), 4, (2, 64), 2**36) == 1
     assert default_batch((4000, 256), 1, (2, 4096), 2**33) == 4

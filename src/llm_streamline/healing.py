@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 from llm_streamline.checkpoint import round_weights
 from llm_streamline.errors import UserError
 from llm_streamline.heal import Heal, parse_heal
-from llm_streamline.optimizers import ADAMW
 from llm_streamline.records import Fit, LayerPlan, Window
 from llm_streamline.replacement import ReplacementLayers
 from llm_streamline.snapshot import Snapshot
@@ -72,8 +71,7 @@ def _settings(work: Workspace, training: Tensor, wanted: Heal) -> Settings:
     alive = (work.shape.num_layers, work.config.hidden_size)
     settings = Settings.resolve(work.recipe.healing, training, alive, work.memory, work.bfloat16)
     gentler = 1.0 if work.recipe.heal_lr or wanted.kind == "lora" else GENTLER
-    optimizer = ADAMW if wanted.kind == "lora" else settings.optimizer  # a step of one factor turns the other's too
-    return replace(settings, lr=gentler * settings.lr, min_lr=gentler * settings.min_lr, optimizer=optimizer)
+    return replace(settings, lr=gentler * settings.lr, min_lr=gentler * settings.min_lr)
 
 
 @torch.no_grad()

@@ -1,14 +1,34 @@
-"""What takes a training step: Muon for the matrices of layers with AdamW for all else, or AdamW alone."""
+"""What takes a training step: Muon for the matrices of layers with AdamW for all else, or AdamW alone.
+
+Measured in docs/decisions/0011: Muon learns more where there are many steps, AdamW where there are few.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+if TYPE_CHECKING:
+    from llm_streamline.recipe import Recipe
+
 ADAMW, MUON = "adamw", "muon"
+MANY_STEPS = 250
+RATES = {ADAMW: (2e-3, 5e-3), MUON: (4e-3, 1e-2)}  # at a width of 256, and at most
+
+
+def optimizer_for(recipe: Recipe, sequences: int) -> str:
+    """The one asked for; else Muon where so many sequences of training make many steps."""
+    many = sequences >= MANY_STEPS * recipe.accumulate * (recipe.batch or 1)
+    return recipe.optimizer or (MUON if many else ADAMW)
+
+
+def default_rate(optimizer: str, width: int) -> float:
+    """What a step does to a layer's output grows with the width: the rate falls with it."""
+    rate, highest = RATES[optimizer]
+    return min(highest, rate * 256 / width)
 
 
 def make_optimizer(name: str, weights: Sequence[nn.Parameter], lr: float, decay: float) -> torch.optim.Optimizer:

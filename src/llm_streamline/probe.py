@@ -13,7 +13,7 @@ from llm_streamline.estimate import VALIDATIONS, Estimate
 from llm_streamline.families import sliced_config
 from llm_streamline.forward import run_window
 from llm_streamline.moments import Moments
-from llm_streamline.optimizers import make_optimizer
+from llm_streamline.optimizers import make_optimizer, optimizer_for
 from llm_streamline.recipe import Recipe
 from llm_streamline.records import Window
 from llm_streamline.replacement import build_replacement
@@ -45,7 +45,8 @@ def probe(config: PretrainedConfig, sizes: Sizes, dtype: torch.dtype, device: st
             return Rates(forward, _adding(model, ids, device))
         passage = run_window(model, window, ids[: sizes.batch])
         replacement = build_replacement(model, [0], "random", 0, recipe.replace).to(device)
-        optimizer = make_optimizer(recipe.optimizer, replacement.trained(), 1e-3, 0.0)
+        name = optimizer_for(recipe, sizes.training // sizes.block)
+        optimizer = make_optimizer(name, replacement.trained(), lr=1e-3, decay=0.0)
 
         def step() -> None:
             prediction = replacement.run(passage.entering.float(), passage.calls)

@@ -137,13 +137,13 @@ class Recipe(Schema):
     lr: float | None = Field(
         None,
         gt=0,
-        description="Peak learning rate. [default: 2e-3 at width 256, falling with the width, 5e-3 at most]",
+        description="Peak learning rate. [default: at width 256 2e-3, with muon 4e-3, falling with the width]",
     )
     min_lr: float | None = Field(None, ge=0, description="Learning rate of the last step. [default: a tenth of --lr]")
-    optimizer: Literal["muon", "adamw"] = Field(
-        "muon",
-        description="What takes the steps: muon for weights that are matrices, with adamw for the rest, or adamw "
-        "alone, as always for the adapters of --heal lora.",
+    optimizer: Literal["muon", "adamw"] | None = Field(
+        None,
+        description="What takes the steps: muon for weights that are matrices with adamw for the rest, or adamw "
+        "alone, as always for the adapters of --heal lora. [default: muon for 250 steps or more]",
     )
     weight_decay: float = Field(1e-3, ge=0, description="The optimizer's weight decay.")
     warmup: Fraction = Field(0.01, description="Share of the steps in which the learning rate rises.")
@@ -241,7 +241,10 @@ class Recipe(Schema):
     @property
     def healing(self) -> Recipe:
         """The settings of healing, where this recipe's are those of the replacement's training."""
-        return self.model_copy(update={"loss": self.heal_loss, "lr": self.heal_lr or self.lr, "min_lr": None})
+        own = {"loss": self.heal_loss, "lr": self.heal_lr or self.lr, "min_lr": None}
+        if self.heal.startswith("lora"):
+            own["optimizer"] = "adamw"  # an orthogonal step of one factor makes no such step of their product
+        return self.model_copy(update=own)
 
     @property
     def objective(self) -> Objective:

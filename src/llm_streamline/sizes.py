@@ -9,7 +9,7 @@ from llm_streamline.checkpoint import context_length
 from llm_streamline.families import inner_width, layers_of
 from llm_streamline.heal import parse_heal
 from llm_streamline.memory import FORWARD_TOKENS, alive_layers, default_batch, layers_above
-from llm_streamline.optimizers import MUON
+from llm_streamline.optimizers import MUON, optimizer_for
 from llm_streamline.ranking import SHORTLIST
 from llm_streamline.records import FOLDED
 from llm_streamline.student import healed_parameters
@@ -83,7 +83,7 @@ def sizes_of(work: Workspace, offloaded: bool = False) -> Sizes:
         inner=inner_width(config),
         vocabulary=vocabulary,
         trained=(shape.network or layer) * (1 if recipe.replace == FOLDED else occupied),
-        **_remembered(work),
+        **_remembered(work, blocks),
         **_healing(work, blocks),
         solved=recipe.solved,
         above=layers_above(recipe, shape.num_layers),
@@ -105,10 +105,10 @@ def sizes_of(work: Workspace, offloaded: bool = False) -> Sizes:
     )
 
 
-def _remembered(work: Workspace) -> dict[str, int]:
+def _remembered(work: Workspace, sequences: int) -> dict[str, int]:
     """What an optimizer holds: Muon less than AdamW, where all that is large are matrices and not experts in one."""
     matrices = all(value.ndim < 3 for layer in layers_of(work.skeleton) for value in layer.parameters())
-    if work.recipe.optimizer == MUON and matrices and not work.recipe.heal.startswith("lora"):
+    if optimizer_for(work.recipe, sequences) == MUON and matrices and not work.recipe.heal.startswith("lora"):
         return {"copies": 3, "turned": work.largest_weight}
     return {"copies": 4, "turned": 0}
 

@@ -27,7 +27,7 @@ from llm_streamline.losses import LOSSES
 from llm_streamline.memory import default_batch
 from llm_streamline.objective import Objective, Part, parse_objective
 from llm_streamline.offload import is_offloaded
-from llm_streamline.optimizers import ADAMW, make_optimizer
+from llm_streamline.optimizers import ADAMW, default_rate, make_optimizer, optimizer_for
 from llm_streamline.parallel import ALONE, World, sum_gradients
 from llm_streamline.passages import Passages, passages_of
 from llm_streamline.progress import Advance, progress, say
@@ -57,7 +57,8 @@ class Settings:
     @classmethod
     def resolve(cls, recipe: Recipe, training: Tensor, alive: tuple[int, int], memory: int, autocast: bool) -> Settings:
         """What the recipe leaves open is decided from the text, the layers alive and their width, and the memory."""
-        lr, min_lr = rates(recipe, alive[1])
+        optimizer = optimizer_for(recipe, len(training))
+        lr, min_lr = rates(recipe, alive[1], optimizer)
         return cls(
             loss=recipe.loss_used,
             batch=recipe.batch or default_batch((len(training), training.shape[1]), recipe.accumulate, alive, memory),
@@ -69,7 +70,7 @@ class Settings:
             clip=recipe.clip,
             autocast=autocast,
             temperature=recipe.temperature,
-            optimizer=recipe.optimizer,
+            optimizer=optimizer,
         )
 
     def continued(self, snapshot: Snapshot) -> Settings:
@@ -80,9 +81,9 @@ class Settings:
         return settings
 
 
-def rates(recipe: Recipe, width: int) -> tuple[float, float]:
+def rates(recipe: Recipe, width: int, optimizer: str = ADAMW) -> tuple[float, float]:
     """The first and last learning rate. Errors: UserError where the last would be the higher."""
-    lr = recipe.lr or min(5e-3, 2e-3 * 256 / width)  # what AdamW's updates do to a layer's output grows with the width
+    lr = recipe.lr or default_rate(optimizer, width)
     min_lr = lr / 10 if recipe.min_lr is None else recipe.min_lr
     if min_lr > lr:
         raise UserError(
