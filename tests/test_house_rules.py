@@ -96,7 +96,7 @@ def test_every_module_has_its_tests():
     }
     elsewhere |= {"presets": "recipe", "recipe_file": "recipe", "sizes": "estimate", "answers": "stability"}
     elsewhere |= {"training": "run", "tracking": "run", "losses": "objective", "folding": "linear", "heal": "student"}
-    elsewhere |= {"charts": "page", "verdict": "page"}
+    elsewhere |= {"charts": "page", "verdict": "page", "record": "choose", "runtime": "recipe"}
     elsewhere |= {"workspace": "run", "checkpoint": "cli", "records": "choose", "errors": "cli"}
     elsewhere |= {
         "evaluation": "evaluate",

@@ -147,7 +147,7 @@ def _ranking(sizes: Sizes, model: int, offloaded: bool) -> list[Stage]:
             on_device=True,
             memory=model + states + maps + max(passing(sizes, tokens, offloaded), logits),
             disk=0,
-            tokens=int(passes * sizes.calibration),
+            tokens=int(passes * sizes.windows * sizes.calibration),
         )
     ]
 
@@ -218,8 +218,8 @@ def _looking_through(sizes: Sizes, tokens: int, offloaded: bool) -> int:
 
     Layers on the disk are run again on the way back, one at a time with its weights, and keep only what enters them.
     """
-    if not sizes.logits:
-        return 0
+    if not sizes.logits:  # layers between windows, if any
+        return sizes.above * _kept_for_backward(sizes, tokens)
     state = tokens * sizes.width * sizes.compute_bytes
     if offloaded:
         layers = sizes.above * state + (_kept_for_backward(sizes, tokens) + 4 * sizes.layer if sizes.above else 0)

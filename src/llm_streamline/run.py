@@ -35,7 +35,7 @@ from llm_streamline.scoring.perplexity import next_token_loss
 from llm_streamline.selection import decide
 from llm_streamline.tracking import check_tracker
 from llm_streamline.train import rates
-from llm_streamline.training import load_replacement, train_replacement
+from llm_streamline.training import check_training, load_replacement, train_replacement
 from llm_streamline.workspace import RunFolder, Workspace, output_folder
 
 NO_TASKS = "none"
@@ -124,6 +124,7 @@ def check_all(work: Workspace) -> None:
     if work.runtime.cache and (work.recipe.epochs == 1 or work.world.size > 1):
         raise UserError("--cache is for several epochs in one process; give --epochs 2 or more, or leave it out.")
     work.recipe.objective.check(work.config.vocab_size)
+    check_training(work)
     check_healing(work)
     work.estimate.check(free_space(work.runtime.output))
 
@@ -153,9 +154,9 @@ def draw_choice(similarity: Similarity, plan: LayerPlan, folder: RunFolder) -> N
     if not folder.has("similarity.png"):
         ranking = Ranking.read(folder.path / RANKING) if folder.has(RANKING) else None
         by_cosine = ranking.winners["cosine"].window if ranking else None
-        figures.draw_similarity(similarity, folder.file("similarity.png"), plan.window, by_cosine)
+        figures.draw_similarity(similarity, folder.file("similarity.png"), plan.windows, by_cosine)
     if not folder.has("heat-map.png"):
-        figures.draw_heat_map(similarity, folder.file("heat-map.png"), plan.window)
+        figures.draw_heat_map(similarity, folder.file("heat-map.png"), plan.windows)
 
 
 def assemble_model(work: Workspace, trained: Trained, similarity: Similarity, folder: RunFolder) -> Verification:

@@ -21,6 +21,7 @@ from llm_streamline.recipe import Recipe
 from llm_streamline.records import Fit, Fitted, LayerPlan
 from llm_streamline.replacement import ReplacementLayers
 from llm_streamline.snapshot import Snapshot
+from llm_streamline.student import spanning
 from llm_streamline.text import shuffled
 from llm_streamline.tracking import tracking
 from llm_streamline.train import Settings, Trainer
@@ -28,6 +29,16 @@ from llm_streamline.workspace import RunFolder, Workspace
 
 CACHE = "cache"  # states for later epochs
 SNAPSHOT = "checkpoint.safetensors"  # the state of a training that has not come to its end
+
+
+def check_training(work: Workspace) -> None:
+    """Errors: UserError where gradients would pass layers between windows, and those are not held."""
+    recipe = work.recipe
+    if recipe.count > 1 and recipe.occupied and work.offloads:
+        raise UserError(
+            f"{recipe.count} windows are trained through the layers between them, which have to be held in memory, and "
+            f"{recipe.model} does not fit in {work.room / 1e9:.1f} GB; remove one window, or use a machine with more."
+        )
 
 
 def train_replacement(work: Workspace, plan: LayerPlan, folder: RunFolder) -> Fitted:
@@ -44,7 +55,8 @@ def train_replacement(work: Workspace, plan: LayerPlan, folder: RunFolder) -> Fi
     settings = world.led(lambda: settings_of(work, training).continued(snapshot))
     announce("training", training, settings, work.runtime.quiet)
     with tracking(work) as track:
-        trainer = Trainer(work.model, plan.window, replacement, settings, work.runtime.quiet, track, snapshot)
+        network = spanning(work.model, plan, replacement)
+        trainer = Trainer(work.model, plan.span, network, settings, work.runtime.quiet, track, snapshot)
         trainer.source, trainer.world = source_of(work, plan, settings, folder), world
         fit = trainer.fit(training, work.parts.validation)
     if world.first:
@@ -101,10 +113,10 @@ def source_of(work: Workspace, plan: LayerPlan, settings: Settings, folder: RunF
         say(f"no cache: its {size / 1e9:.3g} GB are more than --cache {limit / 1e9:.3g} GB", work.runtime.quiet)
         return None
     say(f"states are kept in {folder.path / CACHE} for later epochs: {size / 1e9:.3g} GB", work.runtime.quiet)
-    owner = sha256(work.inputs().model_dump_json().encode(), str(plan.window).encode(), work.compute.encode())
+    owner = sha256(work.inputs().model_dump_json().encode(), str(plan.span).encode(), work.compute.encode())
     cache = StateCache(folder.path / CACHE, owner, blocks, work.config.hidden_size, work.compute_dtype)
-    stream = passages_of(work.model, plan.window, settings.autocast)
-    return Cached(work.model, plan.window, stream, cache, work.runtime.quiet)
+    stream = passages_of(work.model, plan.span, settings.autocast)
+    return Cached(work.model, plan.span, stream, cache, work.runtime.quiet)
 
 
 def settings_of(work: Workspace, training: Tensor) -> Settings:
