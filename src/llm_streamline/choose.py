@@ -54,18 +54,28 @@ def pick(
     return Pick(left[0], _why(similarity, left))
 
 
-def choose_windows(similarity: Similarity, shape: ModelShape, recipe: Recipe, picks: Sequence[Pick]) -> LayerPlan:
-    """The plan to remove windows, in the order in which they were picked."""
-    windows, (first, *later) = [one.window for one in picks], picks
-    why = f"{first.window}: {first.why}" if later else first.why
-    for number, one in enumerate(later, start=1):
-        why += f"; then, with {' and '.join(map(str, windows[:number]))} left out, {one.window}: {one.why}"
-    return _plan(similarity, shape, recipe, Choice(windows, _plain(similarity, recipe, windows), why))
+def choose_windows(
+    similarity: Similarity, shape: ModelShape, recipe: Recipe, picks: Sequence[Pick], before: LayerPlan | None = None
+) -> LayerPlan:
+    """The plan to remove windows, in the order in which they were picked, after those of the round `before`."""
+    earlier = [before.window, *before.others] if before else []
+    whys = [before.why] if before else []
+    for number, one in enumerate(picks):
+        left = [other.window for other in picks[:number]]
+        states = filter(None, [_told(earlier, "replaced"), _told(left, "left out")])
+        prefix = f"then, with {' and '.join(states)}, " if earlier or left else ""
+        whys.append(prefix + (f"{one.window}: {one.why}" if recipe.count > 1 else one.why))
+    windows = [*earlier, *(one.window for one in picks)]
+    return _plan(similarity, shape, recipe, Choice(windows, _plain(similarity, recipe, windows), "; ".join(whys)))
+
+
+def _told(windows: Sequence[Window], what: str) -> str:
+    return f"{' and '.join(map(str, windows))} {what}" if windows else ""
 
 
 def _plain(similarity: Similarity, recipe: Recipe, windows: Sequence[Window]) -> Window:
     """What goes from the model that is merely cut: one window of the same net length, within the one that is given."""
-    net = sum(map(len, windows)) - recipe.occupied
+    net = sum(map(len, windows)) - len(windows) * recipe.each
     if len(windows) > 1:
         return most_similar(similarity, net, recipe)
     if not recipe.occupied:
@@ -118,7 +128,7 @@ def _plan(similarity: Similarity, shape: ModelShape, recipe: Recipe, choice: Cho
         window=window,
         replace=recipe.replace,
         custom_code=recipe.network,
-        occupied=recipe.occupied,
+        occupied=len(choice.windows) * recipe.each,
         parameters_before=shape.total,
         parameters_after=after,
         similarity=similarity.of(window),

@@ -184,8 +184,8 @@ def _training(sizes: Sizes, model: int, offloaded: bool) -> list[Stage]:
             name="training",
             on_device=True,
             memory=model + waiting + cast + peak,
-            disk=(3 + 1 + 1) * sizes.trained * 4 + sizes.cache,
-            tokens=sizes.training + VALIDATIONS * sizes.validation,
+            disk=(3 + 1 + sizes.rounds) * sizes.trained * 4 + sizes.cache,
+            tokens=sizes.training + VALIDATIONS * sizes.rounds * sizes.validation,
         )
     ]
 

@@ -63,6 +63,12 @@ class Recipe(Schema):
         description="How many windows to remove instead of one: apart, as even in length as can be, each with a "
         "replacement of its own, chosen one after the other, with those before left out of the model.",
     )
+    rounds: Count = Field(
+        1,
+        description="With --windows: how often to remove and train. The second of two rounds chooses its windows on "
+        "the model with the replacements of the first in place, and trains these again with its own; the training "
+        "tokens are shared evenly.",
+    )
     max_params: Count | None = Field(
         None,
         description="Remove as few layers as bring the model to this many parameters, e.g. 5B. Instead of --remove.",
@@ -182,6 +188,15 @@ class Recipe(Schema):
     def _several_windows(self) -> Recipe:
         if self.given and self.windows > 1:
             raise ValueError(f"--windows {self.windows} was given with --window, which names them; leave it out")
+        if self.rounds > self.windows:
+            raise ValueError(
+                f"--rounds {self.rounds} choose at least one window each, and --windows is {self.windows}; give more "
+                "--windows or fewer rounds, and no --window"
+            )
+        if self.rounds > 1 and self.replace == "none":
+            raise ValueError(
+                f"--rounds {self.rounds} with --replace none has nothing to train between them; leave it out"
+            )
         if self.count > 1 and self.scattered:
             raise ValueError(f"--select {self.select} takes single layers, not windows; leave out --windows")
         if self.count > 1 and (self.solved or self.network):

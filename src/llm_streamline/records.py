@@ -277,6 +277,7 @@ class Manifest(Record):
     weights: dict[str, str] = {}
     limits: list[str] = []
     fit: Fitted
+    earlier: list[Fit] = []  # of the rounds before the last
     healing: Fit | None = None
     data: dict[str, Any]
     layer_similarities: list[float]

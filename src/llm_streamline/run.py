@@ -27,15 +27,15 @@ from llm_streamline.progress import say
 from llm_streamline.ranking import RANKING, Ranking
 from llm_streamline.recipe import Recipe, Runtime
 from llm_streamline.records import Fit, Fitted, Inputs, LayerPlan, Manifest, Scores, Similarity, Verification
+from llm_streamline.rounds import settle
 from llm_streamline.scoring.evaluate import evaluate as evaluate_request
 from llm_streamline.scoring.given import Task, check_questions_fit, open_tasks
 from llm_streamline.scoring.of_run import DENSE, OWN, Standing, evaluate_run, own_questions
 from llm_streamline.scoring.perplexity import FORWARD_TOKENS as LOSS_TOKENS
 from llm_streamline.scoring.perplexity import next_token_loss
-from llm_streamline.selection import decide
 from llm_streamline.tracking import check_tracker
 from llm_streamline.train import rates
-from llm_streamline.training import check_training, load_replacement, train_replacement
+from llm_streamline.training import check_training, earlier_fits, load_replacement, train_replacement
 from llm_streamline.workspace import RunFolder, Workspace, output_folder
 
 NO_TASKS = "none"
@@ -64,7 +64,7 @@ def compress(recipe: Recipe, runtime: Runtime | None = None) -> Result:
             folder, tasks = begun or (RunFolder(Path(), recipe, world=world), [])
             similarity = folder.stage("similarity.json", Similarity, lambda: measure(work))
             folder.stage("inputs.json", Inputs, lambda: world.led(work.inputs))
-            plan = folder.stage("plan.json", LayerPlan, lambda: decide(work, similarity, folder))
+            plan = folder.stage("plan.json", LayerPlan, lambda: settle(work, similarity, folder))
             say(describe(plan), work.runtime.quiet)
             world.alone(lambda: draw_choice(similarity, plan, folder))
             fit = train_replacement(work, plan, folder)
@@ -102,7 +102,8 @@ def finish(work: Workspace, folder: RunFolder, tasks: list[Task], similarity: Si
         write_report(folder.path)
     places = {"model": str(folder.path / "model"), "report": str(folder.path / PAGE)}
     found = {"scores": scores, "verification": verification, "evaluation": evaluation}
-    return Result(plan=plan, fit=trained.fit, healing=trained.healing, **found, **places)
+    fits = {"fit": trained.fit, "earlier": earlier_fits(work, folder), "healing": trained.healing}
+    return Result(plan=plan, **fits, **found, **places)
 
 
 def evaluate(request: Request, runtime: Runtime) -> Evaluation:
@@ -181,6 +182,7 @@ def assemble_model(work: Workspace, trained: Trained, similarity: Similarity, fo
         layer_map=plan.layer_map(),
         tensors={},
         fit=trained.fit,
+        earlier=earlier_fits(work, folder),
         healing=trained.healing,
         data=work.parts.summary(),
         layer_similarities=similarity.of_layers(),

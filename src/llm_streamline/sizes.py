@@ -39,6 +39,7 @@ class Sizes:
     solved: bool  # whether it is had in closed form
     above: int  # frozen layers that gradients pass on their way to the lowest stand-in, at most
     logits: int  # made at once for it; 0 where it looks at hidden states alone
+    rounds: int  # of removal and training
     windows: int  # that go, one ranking each
     ranked: int  # windows that are scored, at most
     mapped: int  # of those, windows that linear maps are fitted for
@@ -68,7 +69,7 @@ def sizes_of(work: Workspace, offloaded: bool = False) -> Sizes:
     layer, occupied = max(shape.layers), recipe.occupied
     tokens = (recipe.tokens or DEFAULT_TOKENS) * recipe.epochs
     blocks, vocabulary = max(1, tokens // block), config.vocab_size
-    batch = _micro_batch(work, (blocks, block), alive_layers(recipe, shape.num_layers))
+    batch = _micro_batch(work, (max(1, blocks // recipe.rounds), block), alive_layers(recipe, shape.num_layers))
     states = 2 * tokens // recipe.epochs * config.hidden_size * work.compute_dtype.itemsize
     looks_through = recipe.objective.above and occupied
     heal = _healing(work, blocks)
@@ -85,9 +86,8 @@ def sizes_of(work: Workspace, offloaded: bool = False) -> Sizes:
         solved=recipe.solved,
         above=layers_above(recipe, shape.num_layers),
         logits=min(chunk_positions(batch, vocabulary), block) * batch * vocabulary if looks_through else 0,
-        windows=recipe.count,
-        ranked=_ranked(recipe, shape.num_layers),
-        mapped=_mapped(recipe, shape.num_layers),
+        rounds=recipe.rounds,
+        **_rankings(recipe, shape.num_layers),
         asked=recipe.select is not None,
         compute_bytes=work.compute_dtype.itemsize,
         stored_bytes=work.checkpoint_dtype.itemsize,
@@ -136,8 +136,9 @@ def _ranked(recipe: Recipe, layers: int) -> int:
     return 0 if chosen else layers - recipe.protect_first - recipe.protect_last - recipe.occupied
 
 
-def _mapped(recipe: Recipe, layers: int) -> int:
+def _rankings(recipe: Recipe, layers: int) -> dict[str, int]:
+    """How many rankings, of how many windows at most, for how many of which maps are fitted."""
     ranked = _ranked(recipe, layers)
-    if recipe.select == "replaceability":
-        return ranked
-    return min(SHORTLIST, ranked) if recipe.select in (None, "auto") and recipe.occupied else 0
+    mapped = min(SHORTLIST, ranked) if recipe.select in (None, "auto") and recipe.occupied else 0
+    mapped = ranked if recipe.select == "replaceability" else mapped
+    return {"windows": recipe.count, "ranked": ranked, "mapped": mapped}
