@@ -65,6 +65,7 @@ def test_the_second_round_goes_on_from_the_first(recipe, tmp_path, monkeypatch):
     assert torch.equal(start[f"{other}.{name}"], source[inherited])
     assert len(first) - len(second) in (0, 1) and not torch.equal(first[: len(second)], second)
     assert result.earlier[0].tokens + result.fit.tokens <= 3000
+    assert RunFolder.open(tmp_path, way, fresh=True)  # nothing lies there that no run has made
     manifest, page = Manifest.read(tmp_path / "model" / oracle.MANIFEST), (tmp_path / "report.html").read_text()
     assert manifest.earlier == result.earlier and "round 1 of 2" in page and "round 2 of 2" in page
 

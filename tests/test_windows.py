@@ -15,21 +15,22 @@ from llm_streamline import oracle, preview, run, selection, verdict
 from llm_streamline.analyze import analyze
 from llm_streamline.assemble import Parts, build
 from llm_streamline.choose import check_request, choose, choose_windows, pick
+from llm_streamline.comparison import CUT
 from llm_streamline.errors import UserError
 from llm_streamline.estimate import predict
 from llm_streamline.families import layers_of
 from llm_streamline.forward import run_window, shortened, substituted
-from llm_streamline.heal import Heal
+from llm_streamline.heal import Heal, parse_heal
 from llm_streamline.memory import alive_layers, layers_above
 from llm_streamline.rank import rank
 from llm_streamline.recipe import Recipe
 from llm_streamline.records import LayerPlan, ModelShape, Window
 from llm_streamline.replacement import build_replacement
 from llm_streamline.sizes import sizes_of
-from llm_streamline.student import spanning
+from llm_streamline.student import spanning, split, student_of
 from llm_streamline.train import Trainer
 from llm_streamline.windows import parse_windows, places_for, split_evenly
-from llm_streamline.workspace import Workspace
+from llm_streamline.workspace import RunFolder, Workspace
 from tests import tiny
 from tests.test_choose import SHAPE, similarity
 from tests.test_run import equal, quiet, recipe, weights
@@ -179,6 +180,27 @@ def test_what_is_trained_is_the_whole_span(name):
     assert spanning(model, plan_of("1:3", model), replacement) is replacement
 
 
+@pytest.mark.parametrize("heal", ["lora:2", "layers:1"])
+def test_a_healed_student_comes_apart_into_what_it_was_made_of(heal):
+    model, ids = tiny.make_model("llama-tied").requires_grad_(False), tiny.random_ids(2, 24)
+    plan = plan_of("1:3,4:6", model)
+    replacement = build_replacement(model, plan.replaced(), "inherited", 0)
+    student = shaken(student_of(model, plan, replacement, parse_heal(heal)))
+    passage = run_window(model, Window(start=0, stop=plan.num_layers), ids)
+    with torch.no_grad():
+        wanted = student.run(passage.entering, passage.calls)
+    stays, replaced = split(student, model, plan)
+    again = build_replacement(model, plan.replaced(), "random", 0)
+    again.load_state_dict(replaced)
+    own = model.state_dict()
+    for name, value in stays.items():
+        own[name].copy_(value)
+    with torch.no_grad(), shortened(model, plan, list(again)):
+        found = run_window(model, Window(start=0, stop=plan.num_layers), ids).leaving
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    assert {name.split(".")[2] for name in stays} == {"0", "3"} and {name[0] for name in replaced} == {"0", "1"}
+
+
 def test_windows_are_ranked_on_the_model_without_those_before(recipe, tmp_path, monkeypatch):
     work = Workspace(recipe(remove="2", windows=2, protect_first=0, protect_last=0, select="loss"), quiet(tmp_path))
     measured = analyze(work.model, work.parts.calibration, batch=4, quiet=True)
@@ -202,9 +224,15 @@ def test_windows_are_ranked_on_the_model_without_those_before(recipe, tmp_path, 
 
 
 def test_compress_with_two_windows(recipe, llama_folder, tmp_path):
-    result = run.compress(recipe(**TWO, seed=1), quiet(tmp_path, tasks=("quick",)))
+    result = run.compress(recipe(**TWO, seed=1), quiet(tmp_path))
     plan = result.plan
     assert result.verification.passed and plan.net == 2 and result.fit.validation_best < result.fit.validation_before
+    work = Workspace(recipe(**TWO, seed=1), quiet(tmp_path))
+    blocks, saved_model = work.parts.validation.long(), AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    with torch.no_grad():  # what was trained is what was saved
+        dense, found = (one(blocks).logits.double().log_softmax(-1) for one in (work.model, saved_model))
+    kl = float((dense.exp() * (dense - found)).sum(-1).mean())
+    assert result.fit.measure == "kl" and result.fit.validation_best == pytest.approx(kl, rel=1e-3)
     source, saved = load_file(llama_folder / "model.safetensors"), weights(tmp_path)
     names = {new: old for new, old in enumerate(plan.layer_map()) if isinstance(old, int)}
     assert names == {0: 0, 2: 3}
@@ -219,8 +247,8 @@ def test_compress_with_two_windows(recipe, llama_folder, tmp_path):
     card, page = (tmp_path / "model" / "README.md").read_text(), (tmp_path / "report.html").read_text()
     assert "0 **[1:3]** 3 **[4:6]**" in card and "its windows replaced by hooks" in " ".join(card.split())
     assert "the windows 1:3, 4:6." in page and page.count('class="band"') == 2 == page.count('class="chosen"')
-    kept = json.loads((tmp_path / "evaluation.json").read_text())
-    assert f"without {plan.plain_window}" in json.dumps(kept) and len(plan.plain_window) == 2
+    asked = run.standings(work, plan, RunFolder(tmp_path, work.recipe))
+    assert asked[CUT].name.endswith(f"without {plan.plain_window}") and len(plan.plain_window) == 2
 
 
 def test_a_stopped_training_goes_on_to_the_same_bits(recipe, tmp_path, monkeypatch):
@@ -260,9 +288,8 @@ def test_other_stand_ins_and_states_alone(values, recipe, tmp_path):
     assert result.verification.passed and len(result.plan.windows) == 2 and result.plan.net == 2
 
 
-@pytest.mark.parametrize("heal", ["lora:2", "layers:1"])
-def test_healing_comes_on_top(heal, recipe, llama_folder, tmp_path):
-    result = run.compress(recipe(**{**TWO, "tokens": 2500}, heal=heal, heal_lr=0.002, lr=0.01), quiet(tmp_path))
+def test_healing_comes_on_top(recipe, llama_folder, tmp_path):
+    result = run.compress(recipe(**{**TWO, "tokens": 2500}, heal="lora:2", heal_lr=0.002, lr=0.01), quiet(tmp_path))
     assert result.verification.passed and result.healing.validation_best < result.healing.validation_before
     source, saved = load_file(llama_folder / "model.safetensors"), weights(tmp_path)
     for new, old in ((0, 0), (2, 3)):
@@ -273,7 +300,7 @@ def test_healing_comes_on_top(heal, recipe, llama_folder, tmp_path):
 
 def test_states_of_the_span_are_cached_for_later_epochs(recipe, tmp_path):
     one, other = tmp_path / "one", tmp_path / "other"
-    way = recipe(**{**TWO, "tokens": 1500}, epochs=2, loss="nmse")
+    way = recipe(**{**TWO, "tokens": 1000}, epochs=2, loss="nmse")
     run.compress(way, quiet(one))
     run.compress(way, quiet(other, cache=10**9))
     for name, value in weights(one).items():
