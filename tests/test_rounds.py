@@ -91,6 +91,11 @@ def test_a_run_stopped_in_either_round_goes_on_to_the_same_bits(recipe, tmp_path
     assert equal(weights(whole), weights(cut)) and not (cut / training.SNAPSHOT).exists()
 
 
+def test_what_is_trained_is_chosen_by_in_the_number_format_of_the_model(recipe, tmp_path):
+    way = recipe(**{**WAY, "protect_first": 0, "tokens": 1000})
+    assert run.compress(way, quiet(tmp_path, compute="bfloat16")).verification.passed
+
+
 def test_a_dry_run_says_that_there_is_more(recipe, tmp_path, monkeypatch):
     said = []
     monkeypatch.setattr(preview, "say", lambda text, quiet: said.append(text))

@@ -35,6 +35,7 @@ def _next(
     make = partial(load_replacement, work, work.model, plan, folder, turn)
     if not work.world.first:  # which alone has the folder
         make = partial(work.replacement, work.model, plan.replaced())
-    replacement = work.world.attempt(make).to(work.device)
+    replacement = work.world.attempt(make)
     replacement.load_state_dict(work.world.led(replacement.state_dict))
+    replacement.to(work.device, work.compute_dtype)  # as the saved model would be computed with
     return more(work, similarity, count, plan, list(replacement.requires_grad_(False)))
