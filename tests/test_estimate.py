@@ -56,7 +56,9 @@ def test_what_is_read_layer_by_layer_takes_less_and_does_not_grow_with_depth(lla
 
 
 def test_memory_does_not_grow_with_tokens(llama_folder):
-    few, many = (stages(workspace(llama_folder, tokens=tokens, batch=2, optimizer="adamw")) for tokens in (3200, 320000))
+    few, many = (
+        stages(workspace(llama_folder, tokens=tokens, batch=2, optimizer="adamw")) for tokens in (3200, 320000)
+    )
     assert {name: stage.memory for name, stage in few.items()} == {name: stage.memory for name, stage in many.items()}
     assert few["training"].tokens < many["training"].tokens
 

@@ -17,7 +17,18 @@ SOURCE = ROOT / "src" / "llm_streamline"
 MODULES = sorted(path for path in SOURCE.rglob("*.py"))
 PRODUCT = [path for path in MODULES if "demo" not in path.relative_to(SOURCE).parts]
 STAGES = {"analyze", "rank", "choose", "train", "linear", "assemble", "scoring", "report", "figures", "page"}
-CONDUCTORS = {"run", "selection", "training", "healing", "preview", "cli", "demonstration", "__init__", "__main__"}
+CONDUCTORS = {
+    "run",
+    "rounds",
+    "selection",
+    "training",
+    "healing",
+    "preview",
+    "cli",
+    "demonstration",
+    "__init__",
+    "__main__",
+}
 FAMILY_NAMES = re.compile(
     r"\b(llama|opt|mistral|mixtral|qwen\w*|gemma\w*|phi3?|gpt2|gpt_neox?|bloom|falcon|olmo\w*|granite|starcoder\w*|smollm\w*|"
     r"cohere\w*|deepseek\w*|glm\w*|exaone\w*|baichuan|mamba|jamba)\b",
@@ -96,7 +107,7 @@ def test_every_module_has_its_tests():
     }
     elsewhere |= {"presets": "recipe", "recipe_file": "recipe", "sizes": "estimate", "answers": "stability"}
     elsewhere |= {"training": "run", "tracking": "run", "losses": "objective", "folding": "linear", "heal": "student"}
-    elsewhere |= {"charts": "page", "verdict": "page"}
+    elsewhere |= {"charts": "page", "verdict": "page", "record": "choose", "runtime": "recipe"}
     elsewhere |= {"workspace": "run", "checkpoint": "cli", "records": "choose", "errors": "cli"}
     elsewhere |= {
         "evaluation": "evaluate",

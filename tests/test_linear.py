@@ -383,4 +383,4 @@ def test_the_estimate_has_a_stage_for_it(llama_folder, text_file):
 def test_a_dry_run_says_which_layer_changes(llama_folder, text_file, tmp_path):
     plan = plan_only(recipe(llama_folder, text_file), quiet(tmp_path / "out"))
     assert "a map folded into layer 1, net 3" in str(plan) and not (tmp_path / "out").exists()
-    assert plan.sources() == [0, 1, 5] and plan.rewritten == Window(start=1, stop=5) and list(plan.replaced()) == [1]
+    assert plan.sources() == [0, 1, 5] and plan.rewritten() == [(Window(start=1, stop=5), 1)] and plan.replaced() == [1]

@@ -222,10 +222,13 @@ def test_axes_have_round_ticks_within_their_ends():
 
 
 def test_every_window_is_in_the_heat_map_and_every_layer_in_the_chart(similarity):
-    drawn = charts.heat_map(similarity, Window(start=1, stop=4))
+    drawn = charts.heat_map(similarity, [Window(start=1, stop=4), Window(start=5, stop=6)])
     assert len(drawn.cells) == tiny.LAYERS * (tiny.LAYERS + 1) // 2
-    assert all(charts.FAINTEST <= cell.shade <= 1 for cell in drawn.cells) and drawn.chosen in drawn.cells
-    assert len(charts.layer_chart(similarity, Window(start=1, stop=4)).dots) == tiny.LAYERS
+    assert all(charts.FAINTEST <= cell.shade <= 1 for cell in drawn.cells)
+    assert len(drawn.chosen) == 2 and all(cell in drawn.cells for cell in drawn.chosen)
+    chart = charts.layer_chart(similarity, [Window(start=1, stop=4), Window(start=5, stop=6)])
+    one = chart.bands[1][1]
+    assert len(chart.dots) == tiny.LAYERS and chart.bands[0][1] == pytest.approx(3 * one, abs=0.01)
 
 
 def test_a_layer_far_below_the_others_does_not_squash_them(similarity):
@@ -233,7 +236,7 @@ def test_a_layer_far_below_the_others_does_not_squash_them(similarity):
     for layer in range(tiny.LAYERS):
         cosine[layer][layer + 1] = 0.9 + 0.01 * layer
     cosine[0][1] = 0.1
-    chart = charts.layer_chart(similarity.model_copy(update={"cosine": cosine}), Window(start=1, stop=2))
+    chart = charts.layer_chart(similarity.model_copy(update={"cosine": cosine}), [Window(start=1, stop=2)])
     assert [dot.clipped for dot in chart.dots] == [True] + [False] * (tiny.LAYERS - 1)
     assert chart.below == "layer 0: 0.10" and chart.dots[1].y - chart.dots[-1].y > 40
 

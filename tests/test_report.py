@@ -70,11 +70,11 @@ def test_the_summary_says_what_it_cost(similarity):
 @pytest.mark.parametrize("losses", [(4.0, 2.0, 1.0), (4.0, 0.2, 0.1)])
 def test_figures_are_drawn(similarity, tmp_path, losses):
     window = Window(start=1, stop=3)
-    figures.draw_similarity(similarity, tmp_path / "a.png", window)
-    figures.draw_heat_map(similarity, tmp_path / "b.png", window)
+    figures.draw_similarity(similarity, tmp_path / "a.png", [window])
+    figures.draw_heat_map(similarity, tmp_path / "b.png", [window])
     figures.draw_training(fit(losses), tmp_path / "c.png")
     assert all((tmp_path / name).read_bytes()[:4] == PNG for name in ("a.png", "b.png", "c.png"))
     for name, other in (("same.png", window), ("outlined.png", Window(start=2, stop=4))):
-        figures.draw_similarity(similarity, tmp_path / name, window, other)
+        figures.draw_similarity(similarity, tmp_path / name, [window], other)
     plain, same, outlined = ((tmp_path / name).read_bytes() for name in ("a.png", "same.png", "outlined.png"))
     assert plain == same != outlined

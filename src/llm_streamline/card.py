@@ -121,8 +121,11 @@ def card_text(manifest: Manifest, evaluation: Evaluation | None = None) -> str:
 
 def trainings(manifest: Manifest) -> list[tuple[str, Fit]]:
     """What was trained, in order: of the replacement, and of the rest."""
-    both = (("Training the replacement", manifest.fit), ("Healing the rest", manifest.healing))
-    return [(title, fit) for title, fit in both if isinstance(fit, Fit)]
+    title, rounds = "Training the replacement", len(manifest.earlier) + 1
+    found = [(f"{title}, round {turn} of {rounds}", fit) for turn, fit in enumerate(manifest.earlier, start=1)]
+    last = f"{title}, round {rounds} of {rounds}" if rounds > 1 else title
+    both = ((last, manifest.fit), ("Healing the rest", manifest.healing))
+    return [*found, *((title, fit) for title, fit in both if isinstance(fit, Fit))]
 
 
 def metadata(manifest: Manifest, evaluation: Evaluation | None = None) -> str:

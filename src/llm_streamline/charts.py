@@ -77,11 +77,11 @@ class LayerChart:
     x: list[Tick]
     y: list[Tick]
     dots: list[Dot]
-    band: tuple[float, float]
+    bands: list[tuple[float, float]]
     below: str
 
 
-def layer_chart(similarity: Similarity, chosen: Window) -> LayerChart:
+def layer_chart(similarity: Similarity, chosen: Sequence[Window]) -> LayerChart:
     """The paper's Figure 2: how alike each layer's input and output are. Layers far below the others are clipped."""
     cosines = similarity.of_layers()
     errors = [similarity.error_of(Window(start=layer, stop=layer + 1)) for layer in range(len(cosines))]
@@ -101,9 +101,10 @@ def layer_chart(similarity: Similarity, chosen: Window) -> LayerChart:
         )
         for layer, (cosine, error) in enumerate(zip(cosines, errors, strict=True))
     ]
-    band = (x.at(chosen.start - 0.5), x.at(chosen.stop - 0.5) - x.at(chosen.start - 0.5))
+    ends = [(x.at(window.start - 0.5), x.at(window.stop - 0.5)) for window in chosen]
+    bands = [(left, right - left) for left, right in ends]
     named = ", ".join(f"layer {layer}: {cosines[layer]:.2f}" for layer in below[:4])
-    return LayerChart(x.ticks(8, whole=True), y.ticks(), dots, band, named)
+    return LayerChart(x.ticks(8, whole=True), y.ticks(), dots, bands, named)
 
 
 def _floor(cosines: Sequence[float]) -> float:
@@ -127,12 +128,12 @@ class HeatMap:
     x: list[Tick]
     y: list[Tick]
     cells: list[Cell]
-    chosen: Cell
+    chosen: list[Cell]
     low: str
     high: str
 
 
-def heat_map(similarity: Similarity, chosen: Window) -> HeatMap:
+def heat_map(similarity: Similarity, chosen: Sequence[Window]) -> HeatMap:
     """Cosine between the ends of every window, by its first layer and its length."""
     count = similarity.num_layers
     windows = [window for length in range(1, count + 1) for window in similarity.windows(length)]
@@ -154,7 +155,8 @@ def heat_map(similarity: Similarity, chosen: Window) -> HeatMap:
         )
 
     cells = [cell(window) for window in windows]
-    return HeatMap(x.ticks(8, True), y.ticks(6, True), cells, cell(chosen), f"{low:.2f}", f"{high:.2f}")
+    outlined = [cell(window) for window in chosen]
+    return HeatMap(x.ticks(8, True), y.ticks(6, True), cells, outlined, f"{low:.2f}", f"{high:.2f}")
 
 
 @dataclass(frozen=True)

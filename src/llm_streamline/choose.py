@@ -1,4 +1,4 @@
-"""Similarity -> LayerPlan, and why: which window goes, from what the recipe asks for."""
+"""Similarity -> LayerPlan, and why: which windows go, from what the recipe asks for."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from llm_streamline.errors import UserError
 from llm_streamline.ranking import NAMES, Ranking, disagreement
 from llm_streamline.recipe import Recipe
 from llm_streamline.records import LayerPlan, ModelShape, Similarity, Window, runs_of
+from llm_streamline.windows import places_for, split_evenly
 
 DEFAULT_REMOVE = "25%"
 
@@ -17,26 +18,72 @@ DEFAULT_REMOVE = "25%"
 def choose(similarity: Similarity, shape: ModelShape, recipe: Recipe, ranking: Ranking | None = None) -> LayerPlan:
     """The plan that the recipe asks for: by `ranking`, or by cosine. Errors: UserError where no window can give it."""
     if recipe.window is not None:
-        window, why = _given_window(recipe, shape), "the window was given with --window"
-        net = len(window) - recipe.occupied
-        plain = Window(start=window.start, stop=window.start + net)
-        inside = [w for w in similarity.windows(net) if window.start <= w.start and w.stop <= window.stop]
-        plain = inside[0] if inside else plain
-    else:
-        net = net_layers(recipe, shape)
-        window = ranking.winner.window if ranking else most_similar(similarity, net + recipe.occupied, recipe)
-        plain = most_similar(similarity, net, recipe) if recipe.occupied else window
-        why = why_ranked(ranking) if ranking else _why(similarity, window, recipe)
-    return _plan(similarity, shape, recipe, Choice(window, plain, why))
+        windows = _given_windows(recipe, shape)
+        why = f"the window{'s were' if recipe.count > 1 else ' was'} given with --window"
+        return _plan(similarity, shape, recipe, Choice(windows, _plain(similarity, recipe, windows), why))
+    return choose_windows(similarity, shape, recipe, [pick(similarity, shape, recipe, ranking)])
 
 
 class Choice(NamedTuple):
-    """What goes: a window, and layers besides it; what goes from the model that is merely cut; and why."""
+    """What goes: windows, and layers besides them; what goes from the model that is merely cut; and why."""
 
-    window: Window
+    windows: Sequence[Window]
     plain: Window
     why: str
     dropped: Sequence[int] = ()
+
+
+class Pick(NamedTuple):
+    """A window, and why it and no other."""
+
+    window: Window
+    why: str
+
+
+def pick(
+    similarity: Similarity,
+    shape: ModelShape,
+    recipe: Recipe,
+    ranking: Ranking | None = None,
+    taken: Sequence[Window] = (),
+) -> Pick:
+    """The next window once some are taken, by `ranking`, or Eq. 2-3: the one whose boundaries are most alike."""
+    if ranking:
+        return Pick(ranking.winner.window, why_ranked(ranking))
+    left = sorted(candidates(shape, recipe, taken), key=similarity.of, reverse=True)
+    return Pick(left[0], _why(similarity, left))
+
+
+def choose_windows(
+    similarity: Similarity, shape: ModelShape, recipe: Recipe, picks: Sequence[Pick], before: LayerPlan | None = None
+) -> LayerPlan:
+    """The plan to remove windows, in the order in which they were picked, after those of the round `before`."""
+    earlier = [before.window, *before.others] if before else []
+    whys = [before.why] if before else []
+    for number, one in enumerate(picks):
+        left = [other.window for other in picks[:number]]
+        states = filter(None, [_told(earlier, "replaced"), _told(left, "left out")])
+        prefix = f"then, with {' and '.join(states)}, " if earlier or left else ""
+        whys.append(prefix + (f"{one.window}: {one.why}" if recipe.count > 1 else one.why))
+    windows = [*earlier, *(one.window for one in picks)]
+    return _plan(similarity, shape, recipe, Choice(windows, _plain(similarity, recipe, windows), "; ".join(whys)))
+
+
+def _told(windows: Sequence[Window], what: str) -> str:
+    return f"{' and '.join(map(str, windows))} {what}" if windows else ""
+
+
+def _plain(similarity: Similarity, recipe: Recipe, windows: Sequence[Window]) -> Window:
+    """What goes from the model that is merely cut: one window of the same net length, within the one that is given."""
+    net = sum(map(len, windows)) - len(windows) * recipe.each
+    if len(windows) > 1:
+        return most_similar(similarity, net, recipe)
+    if not recipe.occupied:
+        return windows[0]
+    if recipe.window is None:
+        return most_similar(similarity, net, recipe)
+    (given,) = windows
+    return next(one for one in similarity.windows(net) if given.start <= one.start and one.stop <= given.stop)
 
 
 def choose_layers(similarity: Similarity, shape: ModelShape, recipe: Recipe, layers: Sequence[int]) -> LayerPlan:
@@ -49,7 +96,7 @@ def choose_layers(similarity: Similarity, shape: ModelShape, recipe: Recipe, lay
     }
     why = f"{how[recipe.select or '']}: {', '.join(map(str, layers))}"
     dropped = sorted(set(layers) - set(window.layers()))
-    return _plan(similarity, shape, recipe, Choice(window, plain, why, dropped))
+    return _plan(similarity, shape, recipe, Choice([window], plain, why, dropped))
 
 
 def least_influence(similarity: Similarity, recipe: Recipe, count: int) -> list[int]:
@@ -65,11 +112,13 @@ def single_layers(depth: int, recipe: Recipe) -> range:
 
 def _plan(similarity: Similarity, shape: ModelShape, recipe: Recipe, choice: Choice) -> LayerPlan:
     """Errors: UserError where what stands in is larger than what goes."""
-    window, plain = choice.window, choice.plain
-    after = parameters_after(shape, window, recipe.occupied) - sum(shape.layers[layer] for layer in choice.dropped)
+    (window, *others), plain = choice.windows, choice.plain
+    after = shape.total - sum(parameters_saved(shape, one, recipe.each) for one in choice.windows)
+    after -= sum(shape.layers[layer] for layer in choice.dropped)
     if after >= shape.total:
+        named = ", ".join(map(str, choice.windows))
         raise UserError(
-            f"--replace {recipe.replace} has more parameters than layers {window} it stands for "
+            f"--replace {recipe.replace} has more parameters than layers {named} it stands for "
             f"({shape.total:,} -> {after:,}); remove more layers, or use another replacement."
         )
     return LayerPlan(
@@ -79,7 +128,7 @@ def _plan(similarity: Similarity, shape: ModelShape, recipe: Recipe, choice: Cho
         window=window,
         replace=recipe.replace,
         custom_code=recipe.network,
-        occupied=recipe.occupied,
+        occupied=len(choice.windows) * recipe.each,
         parameters_before=shape.total,
         parameters_after=after,
         similarity=similarity.of(window),
@@ -89,23 +138,26 @@ def _plan(similarity: Similarity, shape: ModelShape, recipe: Recipe, choice: Cho
         why=choice.why,
         heal=recipe.heal,
         dropped=list(choice.dropped),
+        others=others,
     )
 
 
-def check_request(shape: ModelShape, recipe: Recipe) -> range:
+def check_request(shape: ModelShape, recipe: Recipe) -> list[int]:
     """Where windows can begin. Errors: UserError, before anything is measured, for what no window can give."""
     check_protected(shape, recipe)
-    windows = candidates(shape, recipe)
-    return range(windows[0].start, windows[-1].start + 1)
+    return [window.start for window in candidates(shape, recipe)]
 
 
-def candidates(shape: ModelShape, recipe: Recipe) -> list[Window]:
-    """The windows that the recipe leaves to choose from, one or more. Errors: UserError for what none can give."""
+def candidates(shape: ModelShape, recipe: Recipe, taken: Sequence[Window] = ()) -> list[Window]:
+    """The windows that the recipe leaves to choose the next from, once some are taken; those that are given.
+
+    One or more. Errors: UserError for what none can give.
+    """
     if recipe.window is not None:
-        return [_given_window(recipe, shape)]
-    length = net_layers(recipe, shape) + recipe.occupied
-    starts = range(recipe.protect_first, shape.num_layers - recipe.protect_last - length + 1)
-    return [Window(start=start, stop=start + length) for start in starts]
+        return _given_windows(recipe, shape)
+    lengths = split_evenly(net_layers(recipe, shape) + recipe.occupied, recipe.count)
+    bounds = Window(start=recipe.protect_first, stop=shape.num_layers - recipe.protect_last)
+    return places_for(bounds, lengths[len(taken) :], taken)
 
 
 def check_protected(shape: ModelShape, recipe: Recipe) -> None:
@@ -139,6 +191,11 @@ def net_layers(recipe: Recipe, shape: ModelShape) -> int:
         raise UserError(f"--remove {asked} of {layers} layers removes none; give at least 1.")
     if net >= layers:
         raise UserError(f"--remove {asked} leaves no layer of {layers}; give at most {_most(layers, recipe)}.")
+    if net < recipe.count:
+        raise UserError(
+            f"--remove {asked} of {layers} layers is {net} net, and each of {recipe.count} windows takes at least one; "
+            "remove more, or give fewer --windows."
+        )
     if net > _most(layers, recipe):
         raise UserError(_too_long(net + recipe.occupied, layers, recipe))
     return net
@@ -146,13 +203,14 @@ def net_layers(recipe: Recipe, shape: ModelShape) -> int:
 
 def _most(layers: int, recipe: Recipe) -> int:
     """The most net layers that can go."""
-    free = layers - recipe.protect_first - recipe.protect_last - recipe.occupied
+    free = layers - recipe.protect_first - recipe.protect_last - recipe.occupied - (recipe.count - 1)
     return max(0, min(free, layers - 1))
 
 
 def _too_long(length: int, layers: int, recipe: Recipe) -> str:
+    what = f"a window of {length}" if recipe.count == 1 else f"{length} in {recipe.count} windows, one between any two,"
     return (
-        f"a window of {length} of {layers} layers would take the protected ends; remove at most "
+        f"{what} of {layers} layers would take the protected ends; remove at most "
         f"{_most(layers, recipe)} net, or lower --protect-first {recipe.protect_first} or "
         f"--protect-last {recipe.protect_last}."
     )
@@ -165,11 +223,9 @@ def _layers_for(max_params: int, shape: ModelShape, recipe: Recipe) -> int:
             f"--max-params {max_params:,} is no less than the {shape.total:,} that {shape.name} has; ask for fewer."
         )
     fewest = shape.total
-    for net in range(1, _most(shape.num_layers, recipe) + 1):
-        length = net + recipe.occupied
-        starts = range(recipe.protect_first, shape.num_layers - recipe.protect_last - length + 1)
-        windows = (Window(start=start, stop=start + length) for start in starts)
-        fewest = max(parameters_after(shape, window, recipe.occupied) for window in windows)
+    for net in range(recipe.count, _most(shape.num_layers, recipe) + 1):
+        lengths = split_evenly(net + recipe.occupied, recipe.count)
+        fewest = shape.total - sum(_least_saved(shape, recipe, length) for length in lengths)
         if fewest <= max_params:
             return net
     raise UserError(
@@ -178,15 +234,36 @@ def _layers_for(max_params: int, shape: ModelShape, recipe: Recipe) -> int:
     )
 
 
+def _least_saved(shape: ModelShape, recipe: Recipe, length: int) -> int:
+    """By the removal of a window of so many layers, wherever it lies."""
+    starts = range(recipe.protect_first, shape.num_layers - recipe.protect_last - length + 1)
+    windows = (Window(start=start, stop=start + length) for start in starts)
+    return min(parameters_saved(shape, window, recipe.each) for window in windows)
+
+
 def parameters_after(shape: ModelShape, window: Window, occupied: int) -> int:
-    """Exact parameters of the shortened model: stand-ins are shaped like the window's first layers, or networks."""
+    """Exact parameters of the model with one window replaced."""
+    return shape.total - parameters_saved(shape, window, occupied)
+
+
+def parameters_saved(shape: ModelShape, window: Window, occupied: int) -> int:
+    """Exact parameters that a window's removal saves: stand-ins are shaped like its first layers, or networks."""
     if shape.network is not None:
-        return shape.total - sum(shape.layers[window.start : window.stop]) + occupied * shape.network
-    return shape.total - sum(shape.layers[window.start + occupied : window.stop])
+        return sum(shape.layers[window.start : window.stop]) - occupied * shape.network
+    return sum(shape.layers[window.start + occupied : window.stop])
 
 
-def _given_window(recipe: Recipe, shape: ModelShape) -> Window:
-    window = Window.parse(recipe.window or "")
+def _given_windows(recipe: Recipe, shape: ModelShape) -> list[Window]:
+    """Errors: UserError where one of them cannot go."""
+    windows = recipe.given
+    for window in windows:
+        _check_given(window, recipe, shape)
+    if len(windows) == 1 and len(windows[0]) == shape.num_layers and not recipe.occupied:
+        raise UserError(f"--window {windows[0]} leaves no layer; give a shorter one.")
+    return windows
+
+
+def _check_given(window: Window, recipe: Recipe, shape: ModelShape) -> None:
     first, last = recipe.protect_first, shape.num_layers - recipe.protect_last
     if window.stop > shape.num_layers:
         raise UserError(
@@ -197,19 +274,16 @@ def _given_window(recipe: Recipe, shape: ModelShape) -> Window:
             f"--window {window} takes protected layers; give one within {first}:{last}, or lower "
             f"--protect-first {recipe.protect_first} or --protect-last {recipe.protect_last}."
         )
-    if len(window) <= recipe.occupied:
+    if len(window) <= recipe.each:
         raise UserError(
-            f"--window {window} has {len(window)} layers and --replace {recipe.replace} puts {recipe.occupied} "
+            f"--window {window} has {len(window)} layers and --replace {recipe.replace} puts {recipe.each} "
             "in their place, so nothing is removed; give a longer window."
         )
-    if len(window) == shape.num_layers and not recipe.occupied:
-        raise UserError(f"--window {window} leaves no layer; give a shorter one.")
-    return window
 
 
-def _why(similarity: Similarity, window: Window, recipe: Recipe) -> str:
-    """The reason for a window, with its runner-up and whether the two can be told apart."""
-    ranked = similarity.windows(len(window), recipe.protect_first, recipe.protect_last)
+def _why(similarity: Similarity, ranked: Sequence[Window]) -> str:
+    """The reason for the first of some windows, with its runner-up and whether the two can be told apart."""
+    window = ranked[0]
     best = f"cosine {similarity.of(window):.4f} ± {similarity.error_of(window):.4f}"
     if len(ranked) == 1:
         return f"the only window of {len(window)} layers between the protected ends ({best})"

@@ -148,7 +148,7 @@ def _ranking(sizes: Sizes, model: int, offloaded: bool) -> list[Stage]:
             on_device=True,
             memory=model + states + maps + max(passing(sizes, tokens, offloaded), logits),
             disk=0,
-            tokens=int(passes * sizes.calibration),
+            tokens=int(passes * sizes.windows * sizes.calibration),
         )
     ]
 
@@ -185,8 +185,8 @@ def _training(sizes: Sizes, model: int, offloaded: bool) -> list[Stage]:
             name="training",
             on_device=True,
             memory=model + waiting + cast + peak,
-            disk=(sizes.copies + 1) * sizes.trained * 4 + sizes.cache,
-            tokens=sizes.training + VALIDATIONS * sizes.validation,
+            disk=(sizes.copies + sizes.rounds) * sizes.trained * 4 + sizes.cache,
+            tokens=sizes.training + VALIDATIONS * sizes.rounds * sizes.validation,
         )
     ]
 
@@ -219,8 +219,8 @@ def _looking_through(sizes: Sizes, tokens: int, offloaded: bool) -> int:
 
     Layers on the disk are run again on the way back, one at a time with its weights, and keep only what enters them.
     """
-    if not sizes.logits:
-        return 0
+    if not sizes.logits:  # layers between windows, if any
+        return sizes.above * _kept_for_backward(sizes, tokens)
     state = tokens * sizes.width * sizes.compute_bytes
     if offloaded:
         layers = sizes.above * state + (_kept_for_backward(sizes, tokens) + 4 * sizes.layer if sizes.above else 0)

@@ -251,6 +251,7 @@ class Result(Record):
 
     plan: LayerPlan
     fit: Fitted
+    earlier: list[Fit] = Field(default_factory=list)  # of the rounds before the last
     healing: Fit | None = None
     scores: Scores
     verification: Verification

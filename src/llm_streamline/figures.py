@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,19 +15,20 @@ if TYPE_CHECKING:
 
 
 def draw_similarity(
-    similarity: Similarity, path: Path, chosen: Window | None = None, by_cosine: Window | None = None
+    similarity: Similarity, path: Path, chosen: Sequence[Window] = (), by_cosine: Window | None = None
 ) -> None:
     """The paper's Figure 2: cosine between each layer's input and output, with its standard error.
 
-    The window that cosine would have taken is outlined where it is not the chosen one.
+    The window that cosine would have taken is outlined where it is none of the chosen ones.
     """
     figure, axes = _figure(width=7.0, height=3.6)
     layers = range(similarity.num_layers)
     cosines = similarity.of_layers()
     errors = [similarity.error_of(Window(start=layer, stop=layer + 1)) for layer in layers]
-    if chosen is not None:
-        axes.axvspan(chosen.start - 0.5, chosen.stop - 0.5, color="tab:orange", alpha=0.25, label=f"window {chosen}")
-        if by_cosine is not None and by_cosine != chosen:
+    for one in chosen:
+        axes.axvspan(one.start - 0.5, one.stop - 0.5, color="tab:orange", alpha=0.25, label=f"window {one}")
+    if chosen:
+        if by_cosine is not None and by_cosine not in chosen:
             ends, label = (by_cosine.start - 0.5, by_cosine.stop - 0.5), f"by cosine {by_cosine}"
             axes.axvspan(*ends, fill=False, linestyle="--", edgecolor="tab:gray", label=label)
         axes.legend(loc="lower right")
@@ -55,7 +57,7 @@ def _name_outliers(axes: Axes, cosines: list[float]) -> None:
     axes.annotate(f"below the axis: {text}", xy=(0.18, 0.05), xycoords="axes fraction", fontsize=8)
 
 
-def draw_heat_map(similarity: Similarity, path: Path, chosen: Window | None = None) -> None:
+def draw_heat_map(similarity: Similarity, path: Path, chosen: Sequence[Window] = ()) -> None:
     """Cosine similarity of every window, by its first layer and its length."""
     import numpy as np
 
@@ -70,11 +72,11 @@ def draw_heat_map(similarity: Similarity, path: Path, chosen: Window | None = No
     extent = (-0.5, count - 0.5, 0.5, count + 0.5)
     image = axes.imshow(values, origin="lower", aspect="auto", cmap="viridis", extent=extent, vmin=floor)
     figure.colorbar(image, ax=axes, label="cosine", extend="min" if floor is not None else "neither")
-    if chosen is not None:
-        label = f"window {chosen}"
+    if chosen:
+        label = f"window{'s' * (len(chosen) > 1)} {', '.join(map(str, chosen))}"
         axes.plot(
-            chosen.start,
-            len(chosen),
+            [one.start for one in chosen],
+            [len(one) for one in chosen],
             marker="o",
             markersize=11,
             mfc="none",

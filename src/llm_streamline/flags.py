@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _SHORT = {"output": "-o"}
 ONLY_COMPRESS = {
-    *("window", "init", "loss", "temperature", "tokens", "batch", "accumulate", "lr", "min_lr"),
+    *("window", "windows", "rounds", "init", "loss", "temperature", "tokens", "batch", "accumulate", "lr", "min_lr"),
     *("weight_decay", "warmup", "clip", "dtype", "preset", "dry_run", "tracker", "tasks", "checkpoint_every", "fresh"),
     *("epochs", "cache", "optimizer"),
 }

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from llm_streamline.errors import UserError, VerificationError
 from llm_streamline.families import layers_of, mlp_output, output_weights
-from llm_streamline.forward import mlp_mapped, substituted
+from llm_streamline.forward import mlp_mapped, shortened, substituted
 from llm_streamline.layerwise import logits_of
 from llm_streamline.records import LayerPlan
 from llm_streamline.replacement import ReplacementLayers, copied
@@ -63,7 +63,7 @@ def check_fold(source: PreTrainedModel, plan: LayerPlan, folded: FoldedLayer, pr
     assert plan.folded is not None
     with substituted(source, plan.window), mlp_mapped(source, plan.folded, folded.mapping):
         (wanted,) = logits_of(source, [prompts])
-    with substituted(source, plan.rewritten, list(folded)):
+    with shortened(source, plan, list(folded)):
         (found,) = logits_of(source, [prompts])
     error = float((found - wanted).abs().max() / wanted.abs().max())
     if not error <= TOLERANCE:  # also true of nan

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -166,9 +167,14 @@ def substituted(model: PreTrainedModel, window: Window, replacement: Sequence[nn
 
 @contextmanager
 def shortened(model: PreTrainedModel, plan: LayerPlan, replacement: Sequence[nn.Module] = ()) -> Iterator[None]:
-    """As `substituted`, with all that a plan takes: the layers it rewrites, and single ones that go besides."""
+    """As `substituted`, with all that a plan takes: the layers it rewrites, and single ones that go besides.
+
+    Of `replacement`, all windows' layers from the bottom up, each window takes its own.
+    """
+    stand_ins = iter(replacement)
     with ExitStack() as hooks:
-        hooks.enter_context(substituted(model, plan.rewritten, replacement))
+        for window, count in plan.rewritten():
+            hooks.enter_context(substituted(model, window, list(islice(stand_ins, count))))
         for window in runs_of(plan.dropped):
             hooks.enter_context(substituted(model, window))
         yield

@@ -15,15 +15,15 @@ NONE = "none"
 
 @dataclass(frozen=True)
 class Heal:
-    """Adapters of a rank on all layers that stay, or the `size` layers on either side of the cut, whole."""
+    """Adapters of a rank on all layers that stay, or the `size` layers on either side of each cut, whole."""
 
     kind: str
     size: int
 
     def near(self, new: int, plan: LayerPlan) -> bool:
         """Whether the shortened model's layer `new` is among those that train whole."""
-        first, after = plan.window.start, plan.window.start + plan.occupied
-        return self.kind == "all" or first - self.size <= new < after + self.size
+        near = (cut.start - self.size <= new < cut.stop + self.size for cut in plan.cuts())
+        return self.kind == "all" or any(near)
 
     def __str__(self) -> str:
         return self.kind if self.kind == "all" else f"{self.kind}:{self.size}"

@@ -10,7 +10,6 @@ from pathlib import Path
 import psutil
 
 from llm_streamline.recipe import Recipe
-from llm_streamline.records import Window
 
 FORWARD_TOKENS = 4096  # of a micro-batch where nothing is trained
 FEWEST_STEPS = 1000
@@ -69,12 +68,17 @@ def _read(path: Path) -> int | None:
 
 
 def layers_above(recipe: Recipe, depth: int) -> int:
-    """How many layers a loss looks through, at most: which window it will be is not known where none is given."""
-    if not recipe.objective.above or not recipe.occupied:
+    """How many frozen layers gradients pass, at most: those that a loss looks through, and those between windows.
+
+    Which windows it will be is not known where none is given.
+    """
+    if not recipe.occupied or not (recipe.objective.above or recipe.count > 1):
         return 0
-    if recipe.window is not None:
-        return max(0, depth - Window.parse(recipe.window).stop)
-    return max(0, depth - recipe.protect_first - recipe.occupied - 1)
+    end = 0 if recipe.objective.above else recipe.protect_last
+    if given := recipe.given:
+        top = depth if recipe.objective.above else given[-1].stop
+        return max(0, top - given[0].start - sum(map(len, given)))
+    return max(0, depth - end - recipe.protect_first - recipe.occupied - recipe.count)
 
 
 def alive_layers(recipe: Recipe, depth: int) -> int:

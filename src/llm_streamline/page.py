@@ -80,10 +80,11 @@ def render(
         data_parts=data_parts(manifest.data),
         domains=manifest.data.get("domains", {}),
         recipe=recipe,
-        layer_chart=charts.layer_chart(similarity, plan.window),
-        heat_map=charts.heat_map(similarity, plan.window),
+        layer_chart=charts.layer_chart(similarity, plan.windows),
+        heat_map=charts.heat_map(similarity, plan.windows),
         trainings=[(title, one, charts.training_chart(one)) for title, one in trainings(manifest)],
         similarity=similarity,
+        outlined=cosines(similarity, plan),
         ranking=ranking,
         ranked=ranking and tables.Table(*ranking_rows(ranking), names=1),
         confidences=confidences(ranking) if ranking else "",
@@ -166,6 +167,12 @@ def excess_bars(plan: LayerPlan, scores: Scores) -> list[tuple[str, str, float, 
 def source_layers(plan: LayerPlan) -> list[tuple[int, bool]]:
     """The source's layers, each with whether it was removed."""
     return [(layer, layer in plan.gone) for layer in range(plan.num_layers)]
+
+
+def cosines(similarity: Similarity, plan: LayerPlan) -> str:
+    """Of the ends of each window, with its standard error."""
+    named = [f"{one}, {similarity.of(one):.4f} ± {similarity.error_of(one):.4f}" for one in plan.windows]
+    return "; ".join(named)
 
 
 def data_parts(data: dict[str, Any]) -> list[tuple[str, str, str, str, str]]:

@@ -13,6 +13,7 @@ from llm_streamline.files import remove, remove_leftovers
 from llm_streamline.lock import run_lock
 from llm_streamline.parallel import World
 from llm_streamline.probe import probe, timed
+from llm_streamline.progress import say
 from llm_streamline.ranking import RANKING, Ranking
 from llm_streamline.recipe import Recipe, Runtime
 from llm_streamline.records import LayerPlan, Similarity
@@ -31,6 +32,11 @@ def plan_only(recipe: Recipe, runtime: Runtime) -> LayerPlan:
         world.alone(lambda: runtime.output and RunFolder.open(runtime.output, recipe, runtime.fresh))
         world.alone(lambda: check_all(work))
         plan = decide(work, measure(work))
+        if recipe.rounds > 1:
+            say(
+                f"the plan is of round 1 of {recipe.rounds}; the next windows are chosen once it is trained",
+                runtime.quiet,
+            )
     if not world.first:
         raise Dismissed
     return plan

@@ -83,7 +83,7 @@ def timed(estimate: Estimate, sizes: Sizes, rates: Rates) -> Estimate:
     A loss of logits takes the teacher through the layers above, too, and the student there and back: twice more.
     """
     through = rates.forward * sizes.layers
-    validated = VALIDATIONS * sizes.validation
+    validated = VALIDATIONS * sizes.rounds * sizes.validation
     above = rates.forward * (sizes.above + (sizes.width * sizes.vocabulary / sizes.layer if sizes.logits else 0))
     distilled = sizes.training * rates.training + (2 * sizes.training + validated) * above
     spent = {

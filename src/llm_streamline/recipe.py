@@ -1,9 +1,8 @@
-"""Recipe (what to make) and Runtime (how to make it): one schema each for YAML, flags, Python and the manifest."""
+"""Recipe (what to make), beside Runtime (how to make it): one schema each for YAML, flags, Python and the manifest."""
 
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
@@ -11,8 +10,10 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from llm_streamline.heal import check_heal, parse_heal
 from llm_streamline.objective import LOSS, STATES_ONLY, Objective, check_loss, parse_objective
 from llm_streamline.presets import PRESETS
-from llm_streamline.quantities import Count, Duration, Fraction, Size
+from llm_streamline.quantities import Count, Fraction
+from llm_streamline.runtime import Runtime as Runtime
 from llm_streamline.schema import Schema, as_several, as_text
+from llm_streamline.windows import Window, parse_windows
 
 
 def check_replace(value: str) -> str:
@@ -54,7 +55,19 @@ class Recipe(Schema):
     )
     window: str | None = Field(
         None,
-        description="The layers to replace, 0-based and half-open: 21:30 is layers 21 to 29. Instead of --remove.",
+        description="The layers to replace, 0-based and half-open: 21:30 is layers 21 to 29; 3:6,8:11 is two windows, "
+        "each with a replacement of its own. Instead of --remove.",
+    )
+    windows: Count = Field(
+        1,
+        description="How many windows to remove instead of one: apart, as even in length as can be, each with a "
+        "replacement of its own, chosen one after the other, with those before left out of the model.",
+    )
+    rounds: Count = Field(
+        1,
+        description="With --windows: how often to remove and train. The second of two rounds chooses its windows on "
+        "the model with the replacements of the first in place, and trains these again with its own; the training "
+        "tokens are shared evenly.",
     )
     max_params: Count | None = Field(
         None,
@@ -175,10 +188,28 @@ class Recipe(Schema):
             raise ValueError(
                 f"--select {self.select} was given with --window, which leaves nothing to select; give one of them"
             )
-        if self.window is not None:
-            from llm_streamline.records import Window
+        return self
 
-            Window.parse(self.window)
+    @model_validator(mode="after")
+    def _several_windows(self) -> Recipe:
+        if self.given and self.windows > 1:
+            raise ValueError(f"--windows {self.windows} was given with --window, which names them; leave it out")
+        if self.rounds > self.windows:
+            raise ValueError(
+                f"--rounds {self.rounds} choose at least one window each, and --windows is {self.windows}; give more "
+                "--windows or fewer rounds, and no --window"
+            )
+        if self.rounds > 1 and self.replace == "none":
+            raise ValueError(
+                f"--rounds {self.rounds} with --replace none has nothing to train between them; leave it out"
+            )
+        if self.count > 1 and self.scattered:
+            raise ValueError(f"--select {self.select} takes single layers, not windows; leave out --windows")
+        if self.count > 1 and (self.solved or self.network):
+            raise ValueError(
+                f"--replace {self.replace} stands in for one window, and {self.count} were asked for; use --replace "
+                "layer, mlp or none, or remove one"
+            )
         return self
 
     @model_validator(mode="after")
@@ -276,58 +307,24 @@ class Recipe(Schema):
         return self.init or ("random" if self.network else "inherited")
 
     @property
+    def given(self) -> list[Window]:
+        """The windows named by --window, from the bottom up."""
+        return parse_windows(self.window) if self.window is not None else []
+
+    @property
+    def count(self) -> int:
+        """How many windows go."""
+        return len(self.given) or self.windows
+
+    @property
     def occupied(self) -> int:
-        """Layers occupied by the replacement: none and linear 0, layer:k k, anything else 1."""
+        """Layers occupied by the replacements of all windows."""
+        return self.count * self.each
+
+    @property
+    def each(self) -> int:
+        """Layers occupied by the replacement of one window: none and linear 0, layer:k k, anything else 1."""
         if self.replace in ("none", "linear"):
             return 0
         count = self.replace.partition(":")[2]
         return int(count) if count.isdigit() else 1
-
-
-class Runtime(Schema):
-    """How to make it: nothing here changes what is asked for, though number formats change the last bits."""
-
-    output: Path | None = Field(None, description="The run folder; OUT/model is the HuggingFace folder.")
-    device: str = Field("auto", description="Where to compute: auto, cpu, cuda or cuda:N.")
-    compute: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto",
-        description="Number format to compute in; auto takes bfloat16 where the machine multiplies it fast.",
-    )
-    memory: Size | None = Field(
-        None,
-        description="Memory to keep within, e.g. 16GB; a model that needs more is read from the disk layer by layer. "
-        "[default: what the machine, or the container, has]",
-    )
-    threads: int | None = Field(None, gt=0, description="CPU threads. [default: torch's choice]")
-    tasks: Annotated[tuple[str, ...], BeforeValidator(as_several)] = Field(
-        ("quick",),
-        description="What to ask the dense, the cut and the saved model in the end, as evaluate takes it, besides "
-        "questions of the run's own text; or none, to evaluate nothing. Repeat it for several. [default: quick]",
-    )
-    cache: Size | None = Field(
-        None,
-        description="With several --epochs: keep states on the disk, in as many bytes at most, e.g. 20GB, so that the "
-        "frozen layers run once; used where it is measured to be faster. [default: no cache]",
-    )
-    checkpoint_every: Duration = Field(
-        300.0,
-        description="How often training writes its state, from which the same command continues after any "
-        "interruption, e.g. 2s, 5m or 1h. [default: 5m]",
-    )
-    fresh: bool = Field(False, description="Begin again: delete what an earlier run left in the output folder.")
-    worker_timeout: Duration = Field(
-        600.0,
-        description="How long the processes of one run, as torchrun starts them, wait for one another before they "
-        "give up, e.g. 30s or 10m. [default: 10m]",
-    )
-    tracker: str | None = Field(
-        None,
-        description="Also log the training curve to an accelerate tracker: tensorboard, wandb, trackio, ...",
-    )
-    allow_pickle: bool = Field(False, description="Load a checkpoint in pickle form (it can run code).")
-    trust_remote_code: bool = Field(False, description="Run model code that comes with the checkpoint.")
-    dry_run: bool = Field(False, description="Print the plan and stop; write nothing.")
-    json_output: bool = Field(False, alias="json", description="Print the result as JSON on stdout.")
-    quiet: bool = Field(False, description="No progress on stderr.")
-    command: str | None = Field(None, description="The command line, for the manifest.", exclude=True)
-    debug: bool = Field(False, description="Show the trace of an error.")

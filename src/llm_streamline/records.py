@@ -2,60 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict
-
-from llm_streamline.errors import UserError
-from llm_streamline.files import write_text
 from llm_streamline.objective import parse_objective
+from llm_streamline.record import Record as Record
+from llm_streamline.windows import Window as Window
+from llm_streamline.windows import runs_of as runs_of
 
 Matrix = list[list[float]]
-R = TypeVar("R", bound="Record")
 FOLDED = "linear"  # the replacement that occupies no layer and changes the one below its window
 PATCH = "linear:patch"  # the map that is measured, not solved for
-
-
-class Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
-
-    def write(self, path: Path) -> None:
-        write_text(path, self.model_dump_json(indent=1) + "\n")
-
-    @classmethod
-    def read(cls: type[R], path: Path) -> R:
-        try:
-            return cls.model_validate_json(path.read_bytes())
-        except ValueError as error:
-            raise UserError(f"{path} is damaged; delete it and repeat the command to make it anew.") from error
-
-
-class Window(Record):
-    """A half-open run of layers [start, stop), 0-based; equally, the boundaries start and stop."""
-
-    start: int
-    stop: int
-
-    def __str__(self) -> str:
-        return f"{self.start}:{self.stop}"
-
-    def __len__(self) -> int:
-        return self.stop - self.start
-
-    def layers(self) -> range:
-        return range(self.start, self.stop)
-
-    @classmethod
-    def parse(cls, text: str) -> Window:
-        """'21:30' -> layers 21 to 29. Errors: ValueError."""
-        first, colon, last = text.partition(":")
-        if not (colon and first.strip().isdigit() and last.strip().isdigit() and int(first) < int(last)):
-            raise ValueError(
-                f"--window {text} is no run of layers; write it as first:end, such as 21:30 for layers 21 to 29"
-            )
-        return cls(start=int(first), stop=int(last))
 
 
 class Similarity(Record):
@@ -93,17 +49,6 @@ class Similarity(Record):
         return sorted(windows, key=self.of, reverse=True)
 
 
-def runs_of(layers: Iterable[int]) -> list[Window]:
-    """Layers in as few windows as hold them and no others, in order."""
-    found: list[Window] = []
-    for layer in sorted(layers):
-        if found and found[-1].stop == layer:
-            found[-1] = Window(start=found[-1].start, stop=layer + 1)
-        else:
-            found.append(Window(start=layer, stop=layer + 1))
-    return found
-
-
 class ModelShape(Record):
     """The counts a plan is made of, in parameters (tied ones once).
 
@@ -122,7 +67,7 @@ class ModelShape(Record):
 
 
 class LayerPlan(Record):
-    """The decision: which window goes, what stands in for it, and why."""
+    """The decision: which windows go, what stands in for each, and why. `occupied` is summed over them."""
 
     model: str
     model_type: str
@@ -139,50 +84,76 @@ class LayerPlan(Record):
     plain_parameters: int
     why: str
     heal: str = "none"  # what else trains
-    dropped: list[int] = []  # layers that go besides the window, with nothing in their place
+    dropped: list[int] = []  # layers that go besides the windows, with nothing in their place
+    others: list[Window] = []  # further windows, in the order of their choice; as many layers stand in for each
+
+    @property
+    def windows(self) -> list[Window]:
+        """All of them, from the bottom up."""
+        return sorted([self.window, *self.others], key=lambda window: window.start)
+
+    @property
+    def span(self) -> Window:
+        """From where the lowest window begins to where the highest one ends."""
+        return Window(start=self.windows[0].start, stop=self.windows[-1].stop)
+
+    @property
+    def each(self) -> int:
+        """The layers that stand in for one window."""
+        return self.occupied // len(self.windows)
 
     @property
     def net(self) -> int:
-        """Net layers removed: the window's length minus the layers its replacement occupies."""
-        return len(self.window) + len(self.dropped) - self.occupied
+        """Net layers removed: those that go minus those that the replacements occupy."""
+        return len(self.gone) - self.occupied
 
     @property
     def gone(self) -> list[int]:
         """The source layers that the shortened model does not run."""
-        return sorted([*self.window.layers(), *self.dropped])
+        return sorted([layer for window in self.windows for layer in window.layers()] + self.dropped)
 
     @property
     def merely_cut(self) -> bool:
-        """Whether nothing makes up for the window."""
+        """Whether nothing makes up for what goes."""
         return self.replace == "none" and self.heal == "none"
 
     def sources(self) -> list[int]:
         """Per new layer the source layer it takes its weights (or its replacement's start) from."""
-        kept = self.window.start + self.occupied
-        return [n for n in (*range(kept), *range(self.window.stop, self.num_layers)) if n not in self.dropped]
+        away = {*self.dropped, *(layer for window in self.windows for layer in window.layers()[self.each :])}
+        return [layer for layer in range(self.num_layers) if layer not in away]
+
+    def cuts(self) -> list[Window]:
+        """In the shortened model's numbers, from the bottom up: what stands in at each place where layers went."""
+        runs = sorted([*self.windows, *runs_of(self.dropped)], key=lambda window: window.start)
+        below = lambda boundary: sum(source < boundary for source in self.sources())  # noqa: E731
+        return [Window(start=below(run.start), stop=below(run.stop)) for run in runs]
 
     @property
     def folded(self) -> int | None:
         """The layer into whose MLP a map is folded, where that is the replacement: the one below the window."""
         return self.window.start - 1 if self.replace == FOLDED else None
 
-    @property
-    def rewritten(self) -> Window:
-        """The layers that the saved model does not have as they were: the window, and the folded layer below it."""
-        first = self.window.start if self.folded is None else self.folded
-        return Window(start=first, stop=self.window.stop)
+    def rewritten(self) -> list[tuple[Window, int]]:
+        """What the saved model does not have as it was, from the bottom up, and how many layers stand in for each.
 
-    def replaced(self) -> range:
+        The windows; one with a map in its place, and the layer below it that the map is folded into.
+        """
+        if self.folded is not None:
+            return [(Window(start=self.folded, stop=self.window.stop), 1)]
+        return [(window, self.each) for window in self.windows]
+
+    def replaced(self) -> list[int]:
         """The source layers whose places the replacement's layers take: the first ones of those rewritten."""
-        first = self.rewritten.start
-        return range(first, first + (self.occupied if self.folded is None else 1))
+        return [layer for run, count in self.rewritten() for layer in run.layers()[:count]]
 
     def layer_map(self) -> list[int | str]:
         """Per new layer the old number, or the window it stands for."""
-        return [str(self.window) if source in self.window.layers() else source for source in self.sources()]
+        named: dict[int, str] = {layer: str(window) for window in self.windows for layer in window.layers()}
+        return [named.get(source, source) for source in self.sources()]
 
     def __str__(self) -> str:
-        layers = {0: "nothing", 1: "1 layer"}.get(self.occupied, f"{self.occupied} layers")
+        layers = {0: "nothing", 1: "1 layer"}.get(self.each, f"{self.each} layers")
+        layers += " each" if self.others and self.each else ""
         layers = layers if self.folded is None else f"a map folded into layer {self.folded}"
         which = ", ".join(map(str, runs_of(self.gone)))
         return f"layers {which} ({len(self.gone)}) of {self.num_layers} -> {layers}, net {self.net}"
@@ -309,6 +280,7 @@ class Manifest(Record):
     weights: dict[str, str] = {}
     limits: list[str] = []
     fit: Fitted
+    earlier: list[Fit] = []  # of the rounds before the last
     healing: Fit | None = None
     data: dict[str, Any]
     layer_similarities: list[float]

@@ -104,7 +104,8 @@ def summary_lines(result: Result) -> list[str]:
         f"removed   {plan}",
         f"parameters {plan.parameters_before:,} -> {plan.parameters_after:,} ({saved:,} fewer, {share:.1%})",
     ]
-    trainings = {"trained": fit, "healed": result.healing}
+    rounds = {f"round {turn}": one for turn, one in enumerate(result.earlier, start=1)}
+    trainings = {**rounds, "trained": fit, "healed": result.healing}
     lines += [f"{name:<9} {_training_line(one)}" for name, one in trainings.items() if isinstance(one, Fit)]
     if isinstance(fit, LinearFit):
         lines.append(f"solved    {verdict.solved(fit)}")

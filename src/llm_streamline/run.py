@@ -27,15 +27,15 @@ from llm_streamline.progress import say
 from llm_streamline.ranking import RANKING, Ranking
 from llm_streamline.recipe import Recipe, Runtime
 from llm_streamline.records import Fit, Fitted, Inputs, LayerPlan, Manifest, Scores, Similarity, Verification
+from llm_streamline.rounds import settle
 from llm_streamline.scoring.evaluate import evaluate as evaluate_request
 from llm_streamline.scoring.given import Task, check_questions_fit, open_tasks
 from llm_streamline.scoring.of_run import DENSE, OWN, Standing, evaluate_run, own_questions
 from llm_streamline.scoring.perplexity import FORWARD_TOKENS as LOSS_TOKENS
 from llm_streamline.scoring.perplexity import next_token_loss
-from llm_streamline.selection import decide
 from llm_streamline.tracking import check_tracker
 from llm_streamline.train import rates
-from llm_streamline.training import load_replacement, train_replacement
+from llm_streamline.training import check_training, earlier_fits, load_replacement, train_replacement
 from llm_streamline.workspace import RunFolder, Workspace, output_folder
 
 NO_TASKS = "none"
@@ -64,7 +64,7 @@ def compress(recipe: Recipe, runtime: Runtime | None = None) -> Result:
             folder, tasks = begun or (RunFolder(Path(), recipe, world=world), [])
             similarity = folder.stage("similarity.json", Similarity, lambda: measure(work))
             folder.stage("inputs.json", Inputs, lambda: world.led(work.inputs))
-            plan = folder.stage("plan.json", LayerPlan, lambda: decide(work, similarity, folder))
+            plan = folder.stage("plan.json", LayerPlan, lambda: settle(work, similarity, folder))
             say(describe(plan), work.runtime.quiet)
             world.alone(lambda: draw_choice(similarity, plan, folder))
             fit = train_replacement(work, plan, folder)
@@ -102,7 +102,8 @@ def finish(work: Workspace, folder: RunFolder, tasks: list[Task], similarity: Si
         write_report(folder.path)
     places = {"model": str(folder.path / "model"), "report": str(folder.path / PAGE)}
     found = {"scores": scores, "verification": verification, "evaluation": evaluation}
-    return Result(plan=plan, fit=trained.fit, healing=trained.healing, **found, **places)
+    fits = {"fit": trained.fit, "earlier": earlier_fits(work, folder), "healing": trained.healing}
+    return Result(plan=plan, **fits, **found, **places)
 
 
 def evaluate(request: Request, runtime: Runtime) -> Evaluation:
@@ -124,6 +125,7 @@ def check_all(work: Workspace) -> None:
     if work.runtime.cache and (work.recipe.epochs == 1 or work.world.size > 1):
         raise UserError("--cache is for several epochs in one process; give --epochs 2 or more, or leave it out.")
     work.recipe.objective.check(work.config.vocab_size)
+    check_training(work)
     check_healing(work)
     work.estimate.check(free_space(work.runtime.output))
 
@@ -153,9 +155,9 @@ def draw_choice(similarity: Similarity, plan: LayerPlan, folder: RunFolder) -> N
     if not folder.has("similarity.png"):
         ranking = Ranking.read(folder.path / RANKING) if folder.has(RANKING) else None
         by_cosine = ranking.winners["cosine"].window if ranking else None
-        figures.draw_similarity(similarity, folder.file("similarity.png"), plan.window, by_cosine)
+        figures.draw_similarity(similarity, folder.file("similarity.png"), plan.windows, by_cosine)
     if not folder.has("heat-map.png"):
-        figures.draw_heat_map(similarity, folder.file("heat-map.png"), plan.window)
+        figures.draw_heat_map(similarity, folder.file("heat-map.png"), plan.windows)
 
 
 def assemble_model(work: Workspace, trained: Trained, similarity: Similarity, folder: RunFolder) -> Verification:
@@ -180,6 +182,7 @@ def assemble_model(work: Workspace, trained: Trained, similarity: Similarity, fo
         layer_map=plan.layer_map(),
         tensors={},
         fit=trained.fit,
+        earlier=earlier_fits(work, folder),
         healing=trained.healing,
         data=work.parts.summary(),
         layer_similarities=similarity.of_layers(),

@@ -1,28 +1,43 @@
-"""Which window goes: candidates are ranked where more than similarity is to decide; the plan is made of that."""
+"""Which windows go: candidates are ranked where more than similarity is to decide; the plan is made of that."""
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
-from llm_streamline.choose import candidates, choose, choose_layers, least_influence, net_layers, single_layers
+from torch import nn
+from transformers import PreTrainedModel
+
+from llm_streamline.choose import (
+    Pick,
+    candidates,
+    choose,
+    choose_layers,
+    choose_windows,
+    least_influence,
+    net_layers,
+    pick,
+    single_layers,
+)
 from llm_streamline.errors import UserError
-from llm_streamline.forward import substituted
+from llm_streamline.forward import shortened, substituted
 from llm_streamline.memory import FORWARD_TOKENS
 from llm_streamline.progress import say
 from llm_streamline.rank import rank
 from llm_streamline.ranking import NAMES, RANKING, SCORES, By, Ranking
 from llm_streamline.recipe import Recipe
 from llm_streamline.records import LayerPlan, Similarity, Window, runs_of
+from llm_streamline.windows import split_evenly
 from llm_streamline.workspace import RunFolder, Workspace
 
 FEWEST_ROWS = 4  # tokens in a half of the calibration part, for each row of a linear map
 
 
 def decide(work: Workspace, similarity: Similarity, folder: RunFolder | None = None) -> LayerPlan:
-    """Stage 2: the window. All processes take part; a ranking is kept in `folder`.
+    """Stage 2: the windows, of the first round. All processes take part; the first one's ranking is kept in `folder`.
 
-    Errors: UserError where the window's first layers cannot give what is to stand in.
+    Errors: UserError where a window's first layers cannot give what is to stand in.
     """
     recipe, ranking = work.recipe, None
     if recipe.scattered:
@@ -31,7 +46,55 @@ def decide(work: Workspace, similarity: Similarity, folder: RunFolder | None = N
     if by := work.world.led(lambda: deciding(work, recipe)):
         make = partial(ranked, work, recipe, by)
         ranking = folder.stage(RANKING, Ranking, make) if folder else make()
-    return work.world.led(lambda: planned(work, similarity, ranking))
+    if recipe.given or recipe.count == 1:
+        return work.world.led(lambda: planned(work, choose(similarity, work.shape, recipe, ranking), [ranking]))
+    return several(work, similarity, ranking)
+
+
+def several(work: Workspace, similarity: Similarity, first: Ranking | None) -> LayerPlan:
+    """Windows one after the other, each by the same score on the model without those before."""
+    recipe = work.recipe
+
+    def ranking_of(taken: Sequence[Window]) -> Ranking | None:
+        return ranked(work, recipe, first.by, taken) if taken and first else first
+
+    count = split_evenly(recipe.count, recipe.rounds)[0]
+    picks, rankings = picked(work, similarity, count, ranking_of)
+    return work.world.led(lambda: planned(work, choose_windows(similarity, work.shape, recipe, picks), rankings))
+
+
+def more(
+    work: Workspace, similarity: Similarity, count: int, before: LayerPlan, replacement: Sequence[nn.Module]
+) -> LayerPlan:
+    """`before` with so many windows more, each chosen on the model as the plan before and its replacement make it."""
+    recipe, earlier = work.recipe, [before.window, *before.others]
+    by = work.world.led(lambda: score(work, recipe)) or "cosine"  # which the dense model's similarity does not tell
+
+    def ranking_of(taken: Sequence[Window]) -> Ranking | None:
+        with shortened(work.model, before, replacement):
+            return ranked(work, recipe, by, taken, skipped=taken[len(earlier) :])
+
+    picks, rankings = picked(work, similarity, count, ranking_of, earlier)
+    make = partial(choose_windows, similarity, work.shape, recipe, picks, before)
+    return work.world.led(lambda: planned(work, make(), rankings))
+
+
+def picked(
+    work: Workspace,
+    similarity: Similarity,
+    count: int,
+    ranking_of: Callable[[Sequence[Window]], Ranking | None],
+    earlier: Sequence[Window] = (),
+) -> tuple[list[Pick], list[Ranking | None]]:
+    """So many windows, after some earlier ones, and the ranking of each on what those before have left."""
+    picks: list[Pick] = []
+    rankings: list[Ranking | None] = []
+    while len(picks) < count:
+        taken = [*earlier, *(one.window for one in picks)]
+        alone = len(candidates(work.shape, work.recipe, taken)) == 1
+        rankings.append(None if alone else ranking_of(taken))
+        picks.append(work.world.led(partial(pick, similarity, work.shape, work.recipe, rankings[-1], taken)))
+    return picks, rankings
 
 
 def single(work: Workspace, similarity: Similarity) -> list[int]:
@@ -54,25 +117,41 @@ def one_by_one(work: Workspace, count: int) -> list[int]:
     for _ in range(count):
         left = [layer for layer in single_layers(work.shape.num_layers, work.recipe) if layer not in gone]
         windows = [Window(start=layer, stop=layer + 1) for layer in left]
-        with ExitStack() as hooks:
-            for window in runs_of(gone):
-                hooks.enter_context(substituted(model, window))
+        with without(model, runs_of(gone)):
             found = rank(model, work.parts.calibration, batch, windows, "loss", work.runtime.quiet, work.world)
         gone.append(found.winner.window.start)
     return gone
 
 
-def planned(work: Workspace, similarity: Similarity, ranking: Ranking | None) -> LayerPlan:
-    plan = choose(similarity, work.shape, work.recipe, ranking)
-    work.check_replacement([plan.window.start])
-    if ranking and (warning := cosine_differs(ranking)):
-        say(warning, work.runtime.quiet)
+@contextmanager
+def without(model: PreTrainedModel, windows: Iterable[Window]) -> Iterator[None]:
+    """The model with some windows skipped, through hooks."""
+    with ExitStack() as hooks:
+        for window in windows:
+            hooks.enter_context(substituted(model, window))
+        yield
+
+
+def planned(work: Workspace, plan: LayerPlan, rankings: Iterable[Ranking | None]) -> LayerPlan:
+    """The plan, once its windows are known to have what is to stand in. Errors: UserError."""
+    for window in plan.windows:
+        work.check_replacement([window.start])
+    for ranking in rankings:
+        if ranking and (warning := cosine_differs(ranking)):
+            say(warning, work.runtime.quiet)
     return plan
 
 
 def deciding(work: Workspace, recipe: Recipe) -> By | None:
     """The score that is to decide; None where that is cosine, as analysis has measured it, or there is one window."""
-    if recipe.select == "cosine" or recipe.scattered or len(candidates(work.shape, recipe)) == 1:
+    if recipe.scattered or recipe.given or len(candidates(work.shape, recipe)) == 1:
+        return None
+    return score(work, recipe)
+
+
+def score(work: Workspace, recipe: Recipe) -> By | None:
+    """What a recipe judges windows by; None where that is cosine, as analysis has measured it."""
+    if recipe.select == "cosine":
         return None
     if recipe.select is None and work.offloads:
         _say(work, "the window is chosen by cosine, as the model does not fit in memory; --select auto ranks it anyway")
@@ -95,12 +174,22 @@ def _say(work: Workspace, message: str) -> None:
     say(message, work.runtime.quiet)
 
 
-def ranked(work: Workspace, recipe: Recipe, by: By) -> Ranking:
-    """The scores of every window that a recipe leaves, on the calibration part alone."""
+def ranked(
+    work: Workspace,
+    recipe: Recipe,
+    by: By,
+    taken: Sequence[Window] = (),
+    skipped: Sequence[Window] | None = None,
+) -> Ranking:
+    """The scores of every window that a recipe leaves once some are taken, on the calibration part alone.
+
+    Those taken are left out of the model, or of them those in `skipped`.
+    """
     work.share()
     model = work.world.attempt(lambda: work.model)
-    windows, batch = candidates(work.shape, recipe), work.batch(FORWARD_TOKENS // 2)
-    return rank(model, work.parts.calibration, batch, windows, by, work.runtime.quiet, work.world)
+    windows, batch = candidates(work.shape, recipe, taken), work.batch(FORWARD_TOKENS // 2)
+    with without(model, taken if skipped is None else skipped):
+        return rank(model, work.parts.calibration, batch, windows, by, work.runtime.quiet, work.world)
 
 
 def cosine_differs(ranking: Ranking) -> str | None:

@@ -40,8 +40,10 @@ class Sizes:
     heal_logits: int
     healing: int  # tokens
     solved: bool  # whether it is had in closed form
-    above: int  # frozen layers that the loss looks through, at most
+    above: int  # frozen layers that gradients pass on their way to the lowest stand-in, at most
     logits: int  # made at once for it; 0 where it looks at hidden states alone
+    rounds: int  # of removal and training
+    windows: int  # that go, one ranking each
     ranked: int  # windows that are scored, at most
     mapped: int  # of those, windows that linear maps are fitted for
     asked: bool  # whether they are scored though the model's layers stay on the disk
@@ -70,10 +72,9 @@ def sizes_of(work: Workspace, offloaded: bool = False) -> Sizes:
     layer, occupied = max(shape.layers), recipe.occupied
     tokens = (recipe.tokens or DEFAULT_TOKENS) * recipe.epochs
     blocks, vocabulary = max(1, tokens // block), config.vocab_size
-    batch = _micro_batch(work, (blocks, block), alive_layers(recipe, shape.num_layers))
+    batch = _micro_batch(work, (max(1, blocks // recipe.rounds), block), alive_layers(recipe, shape.num_layers))
     states = 2 * tokens // recipe.epochs * config.hidden_size * work.compute_dtype.itemsize
     looks_through = recipe.objective.above and occupied
-    ranked = _ranked(recipe, shape.num_layers)
     return Sizes(
         total=shape.total,
         layer=layer,
@@ -83,13 +84,13 @@ def sizes_of(work: Workspace, offloaded: bool = False) -> Sizes:
         inner=inner_width(config),
         vocabulary=vocabulary,
         trained=(shape.network or layer) * (1 if recipe.replace == FOLDED else occupied),
-        **_remembered(work, blocks),
+        **_remembered(work, blocks // recipe.rounds),
         **_healing(work, blocks),
         solved=recipe.solved,
         above=layers_above(recipe, shape.num_layers),
         logits=min(chunk_positions(batch, vocabulary), block) * batch * vocabulary if looks_through else 0,
-        ranked=ranked,
-        mapped=_mapped(recipe, ranked),
+        rounds=recipe.rounds,
+        **_rankings(recipe, shape.num_layers),
         asked=recipe.select is not None,
         compute_bytes=work.compute_dtype.itemsize,
         stored_bytes=work.checkpoint_dtype.itemsize,
@@ -130,9 +131,10 @@ def _healing(work: Workspace, blocks: int) -> dict[str, int]:
     block = block_length(recipe, context_length(config))
     blocks = blocks if recipe.replace == "none" else max(1, round(blocks * recipe.heal_share))
     batch = _micro_batch(work, (blocks, block), work.shape.num_layers)
+    cuts = work.shape.num_layers if recipe.scattered else recipe.count
     positions = min(chunk_positions(batch, config.vocab_size), block) if recipe.healing.objective.above else 0
     return {
-        "healed": healed_parameters(work.skeleton, wanted) + max(work.shape.layers) * recipe.occupied,
+        "healed": healed_parameters(work.skeleton, wanted, cuts) + max(work.shape.layers) * recipe.occupied,
         "heal_batch": batch,
         "heal_logits": positions * batch * config.vocab_size,
         "healing": blocks * block,
@@ -145,7 +147,9 @@ def _ranked(recipe: Recipe, layers: int) -> int:
     return 0 if chosen else layers - recipe.protect_first - recipe.protect_last - recipe.occupied
 
 
-def _mapped(recipe: Recipe, ranked: int) -> int:
-    if recipe.select == "replaceability":
-        return ranked
-    return min(SHORTLIST, ranked) if recipe.select in (None, "auto") and recipe.occupied else 0
+def _rankings(recipe: Recipe, layers: int) -> dict[str, int]:
+    """How many rankings, of how many windows at most, for how many of which maps are fitted."""
+    ranked = _ranked(recipe, layers)
+    mapped = min(SHORTLIST, ranked) if recipe.select in (None, "auto") and recipe.occupied else 0
+    mapped = ranked if recipe.select == "replaceability" else mapped
+    return {"windows": recipe.count, "ranked": ranked, "mapped": mapped}

@@ -1,8 +1,9 @@
-"""What else may train once the replacement is there: low-rank adapters on the layers that stay, or some of them whole.
+"""The model's own layers with windows replaced, run as one: what trains is trained through those that do not.
 
-The student is the model's own layers with the window replaced. It shares every frozen weight with the dense model, and
-is trained as a replacement of the whole stack would be: between boundaries 0 and L, on the dense model's own states or
-logits. What comes out are changed weights under the source's names, adapters merged: nothing needs peft to load.
+A student stands between two boundaries, as a replacement of all that lies there, and shares every frozen weight with
+the dense model, on whose states or logits it is trained. Between the ends of several windows it trains what stands in
+for each; between 0 and L, once that is there, low-rank adapters on the layers that stay, or some of them whole. What
+comes out of this are changed weights under the source's names, adapters merged: nothing needs peft to load.
 """
 
 from __future__ import annotations
@@ -28,19 +29,19 @@ BASE, ADAPTER = ".base_layer", "default"  # peft's names for the weights under a
 
 
 class Student(ReplacementLayers):
-    """The layers of the shortened model, each run with what the dense model's layer in its place was given.
+    """Layers of the shortened model in a row, each run with what the dense model's layer in its place was given.
 
-    `state_dict` holds what trains and nothing else.
+    `places` are those layers, counted from the row's lower boundary. `state_dict` holds what trains and nothing else.
     """
 
-    def __init__(self, layers: Sequence[nn.Module], plan: LayerPlan) -> None:
+    def __init__(self, layers: Sequence[nn.Module], places: Sequence[int]) -> None:
         super().__init__(layers)
-        self._plan = plan
+        self._places = list(places)
 
     def run(self, hidden: Tensor, calls: Sequence[LayerCall]) -> Tensor:
-        """A state (B, T, D) at boundary 0 -> at the last boundary; `calls` are of all the dense model's layers."""
-        for layer, source in zip(self, self._plan.sources(), strict=True):
-            hidden = calls[source].replay(layer, hidden)
+        """A state (B, T, D) at the lower boundary -> at the upper; `calls` are of the dense model's layers between."""
+        for layer, place in zip(self, self._places, strict=True):
+            hidden = calls[place].replay(layer, hidden)
         return hidden
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
@@ -66,6 +67,19 @@ class Student(ReplacementLayers):
                     yield new, name.replace(BASE, ""), value.float()
 
 
+def spanning(model: PreTrainedModel, plan: LayerPlan, replacement: ReplacementLayers) -> ReplacementLayers:
+    """What is trained between the ends of `plan.span`: of several windows a student, with `replacement`'s own layers.
+
+    The layers between the windows are the model's own, and none of them trains.
+    """
+    if not plan.others:
+        return replacement
+    stand_ins = dict(zip(plan.replaced(), list(replacement), strict=True))
+    sources = [source for source in plan.sources() if source in plan.span.layers()]
+    layers = [stand_ins.get(source, layers_of(model)[source]) for source in sources]
+    return Student(layers, [source - plan.span.start for source in sources])
+
+
 def student_of(model: PreTrainedModel, plan: LayerPlan, replacement: ReplacementLayers, heal: Heal) -> Student:
     """The shortened model's layers, ready to be healed; what of the replacement was trained trains on.
 
@@ -75,8 +89,8 @@ def student_of(model: PreTrainedModel, plan: LayerPlan, replacement: Replacement
     layers: list[nn.Module] = []
     for source in plan.sources():
         layers.append(next(stand_ins) if source in plan.replaced() else sharing(layers_of(model)[source]))
-    student = Student(layers, plan)
-    kept = [new for new, source in enumerate(plan.sources()) if source not in plan.window.layers()]
+    student = Student(layers, plan.sources())
+    kept = [new for new, source in enumerate(plan.sources()) if source not in plan.gone]
     if heal.kind == "lora":
         _adapt([layers[new] for new in kept], heal.size)
     else:
@@ -89,14 +103,17 @@ def student_of(model: PreTrainedModel, plan: LayerPlan, replacement: Replacement
     return student
 
 
-def healed_parameters(model: PreTrainedModel, heal: Heal) -> int:
-    """How many parameters of layers that stay train, at most: which layers those are is not known yet."""
+def healed_parameters(model: PreTrainedModel, heal: Heal, cuts: int = 1) -> int:
+    """How many parameters of layers that stay train, at most: which layers those are is not known yet.
+
+    Args: cuts: in how many places layers go.
+    """
     layers = list(layers_of(model))
     if heal.kind == "lora":
         linear = [module for layer in layers for module in layer.modules() if is_linear(module)]
         return heal.size * sum(sum(module.weight.shape) for module in linear)  # type: ignore[arg-type, misc]
     counts = sorted((sum(value.numel() for value in layer.parameters()) for layer in layers), reverse=True)
-    return sum(counts if heal.kind == "all" else counts[: 2 * heal.size])
+    return sum(counts if heal.kind == "all" else counts[: 2 * heal.size * cuts])
 
 
 def check_installed(heal: str) -> None:
@@ -140,12 +157,12 @@ def is_linear(module: nn.Module) -> bool:
 
 def split(student: Student, model: PreTrainedModel, plan: LayerPlan) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Healed weights in float32: those of layers that stay, under the source's names, and the replacement's own."""
-    prefix, sources = layers_prefix(model.config), plan.sources()
+    prefix, sources, places = layers_prefix(model.config), plan.sources(), plan.replaced()
     stays: dict[str, Tensor] = {}
     replaced: dict[str, Tensor] = {}
     for new, name, value in student.changed():
-        if sources[new] in plan.replaced():
-            replaced[f"{sources[new] - plan.window.start}.{name}"] = value
+        if sources[new] in places:
+            replaced[f"{places.index(sources[new])}.{name}"] = value
         else:
             stays[f"{prefix}{sources[new]}.{name}"] = value
     return stays, replaced

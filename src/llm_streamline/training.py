@@ -21,6 +21,7 @@ from llm_streamline.recipe import Recipe
 from llm_streamline.records import Fit, Fitted, LayerPlan
 from llm_streamline.replacement import ReplacementLayers
 from llm_streamline.snapshot import Snapshot
+from llm_streamline.student import spanning
 from llm_streamline.text import shuffled
 from llm_streamline.tracking import tracking
 from llm_streamline.train import Settings, Trainer
@@ -28,29 +29,86 @@ from llm_streamline.workspace import RunFolder, Workspace
 
 CACHE = "cache"  # states for later epochs
 SNAPSHOT = "checkpoint.safetensors"  # the state of a training that has not come to its end
+ROUNDS = "rounds"  # what rounds before the last have chosen and trained
 
 
-def train_replacement(work: Workspace, plan: LayerPlan, folder: RunFolder) -> Fitted:
-    """Stage 3: `replacement/` with the weights, their Fit and, where trained, its figure; None where there is none."""
+def check_training(work: Workspace) -> None:
+    """Errors: UserError where gradients would pass layers between windows, and those are not held."""
+    recipe = work.recipe
+    if recipe.count > 1 and recipe.occupied and work.offloads:
+        raise UserError(
+            f"{recipe.count} windows are trained through the layers between them, which have to be held in memory, and "
+            f"{recipe.model} does not fit in {work.room / 1e9:.1f} GB; remove one window, or use a machine with more."
+        )
+
+
+def weights_of(recipe: Recipe, turn: int) -> str:
+    """The folder of what a round has trained; the last one's is the run's."""
+    return "replacement" if turn == recipe.rounds else f"{ROUNDS}/replacement-{turn}"
+
+
+def plan_of(turn: int) -> str:
+    return f"{ROUNDS}/plan-{turn}.json"
+
+
+def train_replacement(work: Workspace, plan: LayerPlan, folder: RunFolder, turn: int | None = None) -> Fitted:
+    """Stage 3: `replacement/` with the weights, their Fit and, where trained, its figure; None where there is none.
+
+    Of several rounds it is the last one where no other `turn` is asked for.
+    """
+    turn = turn or work.recipe.rounds
     if plan.replace == "none" or work.recipe.solved:
         return fit_linear(work, plan, folder) if work.recipe.solved else None
     world = work.world
     snapshot = Snapshot(folder.path / SNAPSHOT, work.runtime.checkpoint_every, world=world)
-    if fit := world.led(lambda: trained_before(folder, snapshot, "replacement")):
+    if fit := world.led(lambda: trained_before(folder, snapshot, weights_of(work.recipe, turn))):
         return fit
-    training, _ = lessons(work)
-    replacement = world.attempt(lambda: work.replacement(work.model, plan.replaced()).to(work.device))
+    training = lesson(work, turn)
+    replacement = world.attempt(lambda: untrained(work, plan, folder, turn).to(work.device))
     replacement.load_state_dict(world.led(replacement.state_dict))  # that another machine may round otherwise
     settings = world.led(lambda: settings_of(work, training).continued(snapshot))
-    announce("training", training, settings, work.runtime.quiet)
+    title = f"training, round {turn} of {work.recipe.rounds}" if work.recipe.rounds > 1 else "training"
+    announce(title, training, settings, work.runtime.quiet)
     with tracking(work) as track:
-        trainer = Trainer(work.model, plan.window, replacement, settings, work.runtime.quiet, track, snapshot)
+        network = spanning(work.model, plan, replacement)
+        trainer = Trainer(work.model, plan.span, network, settings, work.runtime.quiet, track, snapshot)
         trainer.source, trainer.world = source_of(work, plan, settings, folder), world
         fit = trainer.fit(training, work.parts.validation)
     if world.first:
-        keep(replacement.state_dict(), fit, folder.file("replacement"), "Training the replacement")
+        keep(replacement.state_dict(), fit, folder.file(weights_of(work.recipe, turn)), "Training the replacement")
         forget_training(folder, snapshot)
     return fit
+
+
+def untrained(work: Workspace, plan: LayerPlan, folder: RunFolder, turn: int) -> ReplacementLayers:
+    """What a round begins with: fresh stand-ins for its own windows, and those of the round before as they were left.
+
+    Only the first process has these; it hands them on.
+    """
+    replacement = work.replacement(work.model, plan.replaced())
+    if turn > 1 and work.world.first:
+        own = dict(zip(plan.replaced(), list(replacement), strict=True))
+        before = LayerPlan.read(folder.path / plan_of(turn - 1))
+        kept = load_replacement(work, work.model, before, folder, turn - 1)
+        for place, layer in zip(before.replaced(), list(kept), strict=True):
+            own[place].load_state_dict(layer.state_dict())
+    return replacement
+
+
+def earlier_fits(work: Workspace, folder: RunFolder) -> list[Fit]:
+    """What the rounds before the last have done."""
+    turns = range(1, work.recipe.rounds)
+    return [Fit.read(folder.path / weights_of(work.recipe, turn) / "fit.json") for turn in turns]
+
+
+def lesson(work: Workspace, turn: int) -> Tensor:
+    """The round's share of what the replacement is trained on. Errors: UserError where a round has none."""
+    blocks, rounds = lessons(work)[0], work.recipe.rounds
+    if len(blocks) < rounds:
+        raise UserError(
+            f"--rounds {rounds} of {len(blocks)} sequences leaves one without any; give more --tokens, or fewer rounds."
+        )
+    return blocks.tensor_split(rounds)[turn - 1]
 
 
 def lessons(work: Workspace) -> tuple[Tensor, Tensor]:
@@ -101,10 +159,10 @@ def source_of(work: Workspace, plan: LayerPlan, settings: Settings, folder: RunF
         say(f"no cache: its {size / 1e9:.3g} GB are more than --cache {limit / 1e9:.3g} GB", work.runtime.quiet)
         return None
     say(f"states are kept in {folder.path / CACHE} for later epochs: {size / 1e9:.3g} GB", work.runtime.quiet)
-    owner = sha256(work.inputs().model_dump_json().encode(), str(plan.window).encode(), work.compute.encode())
+    owner = sha256(work.inputs().model_dump_json().encode(), str(plan.span).encode(), work.compute.encode())
     cache = StateCache(folder.path / CACHE, owner, blocks, work.config.hidden_size, work.compute_dtype)
-    stream = passages_of(work.model, plan.window, settings.autocast)
-    return Cached(work.model, plan.window, stream, cache, work.runtime.quiet)
+    stream = passages_of(work.model, plan.span, settings.autocast)
+    return Cached(work.model, plan.span, stream, cache, work.runtime.quiet)
 
 
 def settings_of(work: Workspace, training: Tensor) -> Settings:
@@ -129,12 +187,15 @@ def keep(weights: dict[str, Tensor], fit: Fit, folder: Path, title: str) -> None
         fit.write(temporary / "fit.json")
 
 
-def load_replacement(work: Workspace, source: PreTrainedModel, plan: LayerPlan, folder: RunFolder) -> ReplacementLayers:
-    """What the run folder holds, on the CPU; what of it was trained still could be."""
+def load_replacement(
+    work: Workspace, source: PreTrainedModel, plan: LayerPlan, folder: RunFolder, turn: int | None = None
+) -> ReplacementLayers:
+    """What the run folder holds, on the CPU, of the last round or another; what of it was trained still could be."""
     if plan.replace == "none":
         return ReplacementLayers()
     if plan.folded is not None:
         return load_folded(source, plan, folder)
     replacement = work.replacement(work.model, plan.replaced()).cpu()
-    replacement.load_state_dict(load_file(folder.file("replacement/replacement.safetensors")))
+    kept = folder.path / weights_of(work.recipe, turn or work.recipe.rounds)
+    replacement.load_state_dict(load_file(kept / f"{kept.name}.safetensors"))
     return replacement

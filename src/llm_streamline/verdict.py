@@ -58,10 +58,11 @@ def removed(plan: LayerPlan) -> str:
     several = len(plan.gone) > 1
     named[0] = named[0].replace("Layer ", "Layers ") if several else named[0]
     which = f"{_listed(named)} ({len(plan.gone)} of {plan.num_layers}) {'are' if several else 'is'} gone"
+    place = "the place of each run" if plan.others and plan.each else f"{'their' if several else 'its'} place"
     after = plan.num_layers - plan.net
     fewer = 1 - plan.parameters_after / plan.parameters_before
     return (
-        f"{which}; {stand_in(plan)} in {'their' if several else 'its'} place. "
+        f"{which}; {stand_in(plan)} in {place}. "
         f"That leaves {after} of {plan.num_layers} layers and {fewer:.1%} fewer parameters."
     )
 
@@ -83,8 +84,8 @@ def stand_in(plan: LayerPlan) -> str:
         return "nothing stands"
     if plan.folded is not None:
         return f"a linear map, folded into the MLP of layer {plan.folded}, stands"
-    if plan.occupied > 1:
-        return f"{plan.occupied} trained layers of the model's own kind stand"
+    if plan.each > 1:
+        return f"{plan.each} trained layers of the model's own kind stand"
     return _STAND_INS[plan.replace.partition(":")[0]]
 
 
@@ -130,7 +131,8 @@ def helper(plan: LayerPlan) -> str:
     """What makes up for the window, as a subject of one number."""
     if plan.replace == "none":
         return "Healing"
-    return "The replacement" if plan.heal == "none" else "The replacement, with healing,"
+    what = "The replacement" if not plan.others else "The training of the replacements"
+    return what if plan.heal == "none" else f"{what}, with healing,"
 
 
 def _advice(plan: LayerPlan) -> str:
@@ -145,10 +147,11 @@ def recovered(scores: Scores) -> float | None:
 
 
 def hooked(plan: LayerPlan) -> str:
-    """What hooks did to the source model that the saved one was held against."""
+    """What of the source model that the saved one was held against hooks did what with."""
     if plan.folded is not None:
-        return "skipped, and the layer below it standing aside for one with the map folded in,"
-    return "skipped" if plan.replace == "none" else "replaced"
+        return "its window skipped, and the layer below it standing aside for one with the map folded in,"
+    what = "its window" if len(plan.cuts()) == 1 else "its windows"
+    return f"{what} {'skipped' if plan.replace == 'none' else 'replaced'}"
 
 
 def solved(fit: LinearFit) -> str:

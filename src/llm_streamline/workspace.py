@@ -36,7 +36,7 @@ from llm_streamline.text import Parts, read_parts
 RECIPE = "recipe.yaml"
 MADE = {  # what a run makes in its folder: all that --fresh may delete
     *("inputs.json", "similarity.json", "similarity.png", "heat-map.png", "ranking.json", "plan.json"),
-    *("checkpoint.safetensors", "checkpoint-best.safetensors", "cache"),
+    *("checkpoint.safetensors", "checkpoint-best.safetensors", "cache", "rounds"),
     *("healed", "healing.safetensors", "healing-best.safetensors"),
     *("tracking", "replacement", "model", "scores.json", "own-text.jsonl", "items", "scores", "evaluation.json"),
     *("report.html", RECIPE),

@@ -1,0 +1,133 @@
+"""Rounds: the next window is chosen, and all are trained again, on the model with what was trained in place."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from llm_streamline import assemble as assemble_module
+from llm_streamline import oracle, preview, run, selection, training
+from llm_streamline.errors import UserError
+from llm_streamline.estimate import VALIDATIONS, predict
+from llm_streamline.forward import shortened
+from llm_streamline.records import LayerPlan, Manifest
+from llm_streamline.scoring.perplexity import next_token_loss
+from llm_streamline.sizes import sizes_of
+from llm_streamline.train import Trainer
+from llm_streamline.training import load_replacement
+from llm_streamline.workspace import RunFolder, Workspace
+from tests.test_run import equal, quiet, recipe, weights
+
+__all__ = ["recipe"]  # a fixture
+WAY = {"remove": "2", "windows": 2, "rounds": 2, "protect_last": 0, "tokens": 3000, "select": "loss", "lr": 0.01}
+
+
+@pytest.fixture(autouse=True)
+def in_this_process(monkeypatch):
+    monkeypatch.setattr(assemble_module, "verify", oracle.check)
+
+
+def test_the_second_round_goes_on_from_the_first(recipe, tmp_path, monkeypatch):
+    way, ranked, trained = recipe(**{**WAY, "protect_first": 0}), [], []
+    real, fit = selection.rank, Trainer.fit
+
+    def noted(model, blocks, *rest):
+        ranked.append((next_token_loss(model, blocks, 4, "", quiet=True).nats, real(model, blocks, *rest)))
+        return ranked[-1][1]
+
+    def begun(self, blocks, validation):
+        trained.append(({key: value.clone() for key, value in self.replacement.state_dict().items()}, blocks))
+        return fit(self, blocks, validation)
+
+    monkeypatch.setattr(selection, "rank", noted)
+    monkeypatch.setattr(Trainer, "fit", begun)
+    result = run.compress(way, quiet(tmp_path))
+    assert result.verification.passed and len(result.plan.windows) == 2 and len(result.earlier) == 1
+    before = LayerPlan.read(tmp_path / "rounds" / "plan-1.json")
+    assert before.windows == [result.plan.window] and "replaced, " in result.plan.why and before.net == 1
+
+    work = Workspace(way, quiet(tmp_path))
+    kept = load_replacement(work, work.model, before, RunFolder(tmp_path, way), 1)
+    with shortened(work.model, before, list(kept)):
+        loss = next_token_loss(work.model, work.parts.calibration, 4, "", quiet=True).nats
+    dense = next_token_loss(work.model, work.parts.calibration, 4, "", quiet=True).nats
+    assert [one[0] for one in ranked] == pytest.approx([dense, loss]) and dense != loss
+
+    (_, first), (start, second) = trained
+    place = result.plan.replaced().index(before.replaced()[0])
+    new = sorted({name.partition(".")[0] for name in start}, key=int)[place]
+    source = load_file(f"{way.model}/model.safetensors")
+    name = "self_attn.q_proj.weight"
+    assert torch.equal(start[f"{new}.{name}"], kept.state_dict()[f"0.{name}"])
+    other = next(number for number in {key.partition(".")[0] for key in start} if number != new)
+    inherited = f"model.layers.{result.plan.replaced()[1 - place]}.{name}"
+    assert torch.equal(start[f"{other}.{name}"], source[inherited])
+    assert len(first) - len(second) in (0, 1) and not torch.equal(first[: len(second)], second)
+    assert result.earlier[0].tokens + result.fit.tokens <= 3000
+    assert RunFolder.open(tmp_path, way, fresh=True)  # nothing lies there that no run has made
+    manifest, page = Manifest.read(tmp_path / "model" / oracle.MANIFEST), (tmp_path / "report.html").read_text()
+    assert manifest.earlier == result.earlier and "round 1 of 2" in page and "round 2 of 2" in page
+
+
+def test_a_run_stopped_in_either_round_goes_on_to_the_same_bits(recipe, tmp_path, monkeypatch):
+    whole, cut, steps, way = tmp_path / "whole", tmp_path / "cut", [], recipe(**{**WAY, "select": "cosine"})
+    run.compress(way, quiet(whole))
+    real = Trainer.step
+
+    def step(self, *given):
+        steps.append(True)
+        if len(steps) in (5, 20):
+            raise KeyboardInterrupt
+        return real(self, *given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "step", step)
+        for done in (False, True):
+            with pytest.raises(KeyboardInterrupt):
+                run.compress(way, quiet(cut, checkpoint_every=0.0001))
+            assert (cut / "rounds" / "replacement-1").exists() == done
+    run.compress(way, quiet(cut, checkpoint_every=0.0001))
+    assert equal(weights(whole), weights(cut)) and not (cut / training.SNAPSHOT).exists()
+
+
+def test_what_is_trained_is_chosen_by_in_the_number_format_of_the_model(recipe, tmp_path):
+    way = recipe(**{**WAY, "protect_first": 0, "tokens": 1000})
+    assert run.compress(way, quiet(tmp_path, compute="bfloat16")).verification.passed
+
+
+def test_a_dry_run_says_that_there_is_more(recipe, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(preview, "say", lambda text, quiet: said.append(text))
+    plan = preview.plan_only(recipe(**WAY), quiet(tmp_path))
+    assert len(plan.windows) == 1 and "round 1 of 2" in said[0]
+
+
+def test_the_estimate_counts_the_rounds(recipe, tmp_path):
+    def stage(rounds):
+        work = Workspace(recipe(**{**WAY, "rounds": rounds}), quiet(tmp_path))
+        return next(each for each in predict(sizes_of(work), False, False) if each.name == "training")
+
+    assert stage(2).tokens - stage(1).tokens == VALIDATIONS * 2000 and stage(2).disk > stage(1).disk
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"rounds": 3}, "--rounds 3 choose at least one window each, and --windows is 2"),
+        ({"replace": "none"}, "--rounds 2 with --replace none has nothing to train"),
+        (
+            {"remove": None, "windows": 1, "select": None, "window": "1:3,4:6"},
+            "--rounds 2 choose at least one window each",
+        ),
+    ],
+)
+def test_what_cannot_be_asked_for_is_refused(values, sentence, recipe):
+    with pytest.raises(UserError, match=sentence):
+        recipe(**{**WAY, **values})
+
+
+def test_a_round_without_text_is_refused(recipe, tmp_path):
+    work = Workspace(recipe(**{**WAY, "tokens": 128}), quiet(tmp_path))
+    with pytest.raises(UserError, match="--rounds 2 of 1 sequences leaves one without any"):
+        training.lesson(work, 1)
