@@ -45,7 +45,7 @@ METHODS: dict[str, dict[str, Any]] = {  # what of a recipe each sets; the tokens
     "paper-random": {"preset": "paper-random"},
     "paper-ffn": {"preset": "paper-ffn", "custom_code": True},
     "healed": {"heal": "all"},
-    **{name: {"preset": name} for name in ("lora", "uidl", "shortgpt", "sleb", "replaceme")},
+    **{name: {"preset": name} for name in ("lora", "uidl", "shortgpt", "sleb", "laco", "replaceme")},
     **{name: {"preset": name, "custom_code": True} for name in ("linearpatch", "ghost")},
 }
 

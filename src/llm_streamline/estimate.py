@@ -170,7 +170,7 @@ def passing(sizes: Sizes, tokens: int, offloaded: bool) -> int:
 
 
 def _training(sizes: Sizes, model: int, offloaded: bool) -> list[Stage]:
-    if not sizes.trained:
+    if not sizes.training:
         return []
     if sizes.solved:
         return [_closed_form(sizes, model, offloaded)]

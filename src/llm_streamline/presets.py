@@ -38,6 +38,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "shortgpt": {**DELETED, "select": "influence"},
     # SLEB, arXiv 2402.09025: one layer after the other, by the loss on the calibration part
     "sleb": {**DELETED, "select": "greedy"},
+    # LaCo, arXiv 2402.11187: theirs merges several runs, from the top down, each as long as the last state stays alike
+    # enough on a few sentences; here it is one window. What its thresholds were for each model is not told
+    "laco": {**DELETED, "replace": "merged"},
     # ReplaceMe, arXiv 2505.02819: least squares, folded. Its form for a cosine objective is not here
     "replaceme": {**DELETED, "replace": "linear", "loss": "mse"},
     # LinearPatch, NeurIPS 2025, without its training of the patch. Theirs has another rotation where the width is no

@@ -18,7 +18,7 @@ from llm_streamline.windows import Window, parse_windows
 
 def check_replace(value: str) -> str:
     """Errors: ValueError for what is no replacement."""
-    if not re.fullmatch(r"none|mlp|layer(:[1-9]\d*)?|(ffn|swiglu)(:residual)?|linear(:free|:patch)?", value):
+    if not re.fullmatch(r"none|mlp|merged|layer(:[1-9]\d*)?|(ffn|swiglu)(:residual)?|linear(:free|:patch)?", value):
         raise ValueError("there is no such replacement")
     return value
 
@@ -87,9 +87,9 @@ class Recipe(Schema):
     replace: Annotated[str, AfterValidator(check_replace)] = Field(
         "layer",
         description="What stands in for the window: none; layer (one of the model's own), layer:2 for two; mlp (one "
-        "with its attention silent); the paper's ffn or swiglu, also as ffn:residual or swiglu:residual; linear (a map "
-        "in closed form, folded into the MLP below the window), linear:free (one in a layer's place) or linear:patch "
-        "(there, one that only scales the state's channels).",
+        "with its attention silent); merged (the window's own layers made one, untrained); the paper's ffn or swiglu, "
+        "also as ffn:residual or swiglu:residual; linear (a map in closed form, folded into the MLP below the window), "
+        "linear:free (one in a layer's place) or linear:patch (there, one that only scales the state's channels).",
     )
     init: Literal["inherited", "random"] | None = Field(
         None,
@@ -199,9 +199,9 @@ class Recipe(Schema):
                 f"--rounds {self.rounds} choose at least one window each, and --windows is {self.windows}; give more "
                 "--windows or fewer rounds, and no --window"
             )
-        if self.rounds > 1 and self.replace == "none":
+        if self.rounds > 1 and not self.learns:
             raise ValueError(
-                f"--rounds {self.rounds} with --replace none has nothing to train between them; leave it out"
+                f"--rounds {self.rounds} with --replace {self.replace} has nothing to train between them; leave it out"
             )
         if self.count > 1 and self.scattered:
             raise ValueError(f"--select {self.select} takes single layers, not windows; leave out --windows")
@@ -235,10 +235,9 @@ class Recipe(Schema):
     @model_validator(mode="after")
     def _nothing_to_train(self) -> Recipe:
         given = [f"--{name}" for name, unset in (("init", None), ("epochs", 1)) if getattr(self, name) != unset]
-        if self.solved and given:
-            raise ValueError(
-                f"--replace {self.replace} is solved for in one pass, not trained: leave out {' and '.join(given)}"
-            )
+        if (self.solved or self.replace == "merged") and given:
+            how = "solved for in one pass" if self.solved else "made of the window's weights"
+            raise ValueError(f"--replace {self.replace} is {how}, not trained: leave out {' and '.join(given)}")
         return self
 
     @model_validator(mode="after")
@@ -263,7 +262,12 @@ class Recipe(Schema):
     @property
     def trains(self) -> bool:
         """Whether there is anything to learn from text."""
-        return self.replace != "none" or self.heals
+        return self.learns or self.heals
+
+    @property
+    def learns(self) -> bool:
+        """Whether what stands in for the window learns anything."""
+        return self.replace not in ("none", "merged")
 
     @property
     def heals(self) -> bool:

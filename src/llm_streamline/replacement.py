@@ -8,6 +8,7 @@ and positions are right in training as they are later.
     mlp             the family's MLP with its norm and residual: a decoder layer
                     whose attention output is zero and of which only the rest
                     is trained                                                    1
+    merged          one layer made of the window's own, untrained                 1
     ffn, swiglu     the paper's networks, without norm and residual; with
                     ':residual' x + f(norm(x)); saved with code of their own      1
     linear          a map in closed form, folded into the MLP below the window    0

@@ -100,7 +100,7 @@ def sizes_of(work: Workspace, offloaded: bool = False) -> Sizes:
         forward=max(block, FORWARD_TOKENS // block * block),
         batch=batch,
         calibration=recipe.calibration_tokens or CALIBRATION_TOKENS,
-        training=0 if recipe.replace == "none" else tokens - _healing(work, blocks)["healing"],
+        training=0 if not recipe.learns else tokens - _healing(work, blocks)["healing"],
         validation=recipe.validation_tokens or VALIDATION_TOKENS,
         ram=work.ram,
     )
@@ -129,7 +129,7 @@ def _healing(work: Workspace, blocks: int) -> dict[str, int]:
     if wanted is None:
         return dict.fromkeys(("healed", "heal_batch", "heal_logits", "healing"), 0)
     block = block_length(recipe, context_length(config))
-    blocks = blocks if recipe.replace == "none" else max(1, round(blocks * recipe.heal_share))
+    blocks = blocks if not recipe.learns else max(1, round(blocks * recipe.heal_share))
     batch = _micro_batch(work, (blocks, block), work.shape.num_layers)
     cuts = work.shape.num_layers if recipe.scattered else recipe.count
     positions = min(chunk_positions(batch, config.vocab_size), block) if recipe.healing.objective.above else 0

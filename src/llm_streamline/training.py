@@ -15,6 +15,7 @@ from llm_streamline.errors import UserError
 from llm_streamline.files import atomic, remove, sha256
 from llm_streamline.linear import fit_linear, load_folded
 from llm_streamline.memory import alive_layers
+from llm_streamline.merging import MERGED, merged_layers
 from llm_streamline.passages import Passages, passages_of
 from llm_streamline.progress import say
 from llm_streamline.recipe import Recipe
@@ -57,7 +58,7 @@ def train_replacement(work: Workspace, plan: LayerPlan, folder: RunFolder, turn:
     Of several rounds it is the last one where no other `turn` is asked for.
     """
     turn = turn or work.recipe.rounds
-    if plan.replace == "none" or work.recipe.solved:
+    if work.recipe.solved or not work.recipe.learns:
         return fit_linear(work, plan, folder) if work.recipe.solved else None
     world = work.world
     snapshot = Snapshot(folder.path / SNAPSHOT, work.runtime.checkpoint_every, world=world)
@@ -121,8 +122,8 @@ def lessons(work: Workspace) -> tuple[Tensor, Tensor]:
     blocks = torch.cat([shuffled(work.parts.training, seed) for seed in epoch_seeds(recipe)])
     if not recipe.heals:
         return blocks, blocks[:0]
-    healing = len(blocks) if recipe.replace == "none" else round(len(blocks) * recipe.heal_share)
-    if not 0 < healing <= len(blocks) - (recipe.replace != "none"):
+    healing = len(blocks) if not recipe.learns else round(len(blocks) * recipe.heal_share)
+    if not 0 < healing <= len(blocks) - recipe.learns:
         raise UserError(
             f"--heal-share {recipe.heal_share:g} of {len(blocks)} sequences leaves nothing for one of the two "
             "trainings; give more --tokens, or another share."
@@ -193,6 +194,8 @@ def load_replacement(
     """What the run folder holds, on the CPU, of the last round or another; what of it was trained still could be."""
     if plan.replace == "none":
         return ReplacementLayers()
+    if plan.replace == MERGED:
+        return merged_layers(source, plan.windows)
     if plan.folded is not None:
         return load_folded(source, plan, folder)
     replacement = work.replacement(work.model, plan.replaced()).cpu()

@@ -22,6 +22,7 @@ GRADES = (
 _STAND_INS = {
     "layer": "one trained layer of the model's own kind stands",
     "mlp": "one layer with a trained MLP and silent attention stands",
+    "merged": "one layer made of the window's stands",
     "ffn": "one trained feed-forward network stands",
     "swiglu": "one trained SwiGLU network stands",
     "linear": "one linear map stands",
