@@ -273,18 +273,9 @@ def test_a_stopped_training_goes_on_to_the_same_bits(recipe, tmp_path, monkeypat
     assert equal(weights(whole), weights(cut))
 
 
-@pytest.mark.parametrize("values", [{"replace": "none", "select": "kl"}, {"replace": "mlp"}])
-def test_other_stand_ins_and_states_alone(values, recipe, tmp_path):
-    asked = {
-        "remove": "2",
-        "windows": 2,
-        "protect_last": 0,
-        "tokens": 2000,
-        "loss": "nmse",
-        "select": "cosine",
-        **values,
-    }
-    result = run.compress(recipe(**asked), quiet(tmp_path))
+def test_another_stand_in_and_states_alone(recipe, tmp_path):
+    asked = {"remove": "2", "windows": 2, "protect_last": 0, "tokens": 2000, "loss": "nmse", "replace": "mlp"}
+    result = run.compress(recipe(**asked, select="cosine"), quiet(tmp_path))
     assert result.verification.passed and len(result.plan.windows) == 2 and result.plan.net == 2
 
 
@@ -346,6 +337,14 @@ def test_as_few_layers_as_bring_the_parameters_asked_for():
     assert len(pick(similarity(), SHAPE, asked).window) == 3
     with pytest.raises(UserError, match="cannot be reached"):
         check_request(SHAPE, Recipe(model="m", max_params=149, windows=2))
+
+
+def test_with_nothing_in_their_place_they_need_not_be_held(recipe, tmp_path, monkeypatch):
+    way = recipe(**{**TWO, "replace": "none"})
+    held = run.compress(way, quiet(tmp_path / "held"))
+    monkeypatch.setattr(Workspace, "offloads", True)
+    on_disk = run.compress(way, quiet(tmp_path / "on_disk"))
+    assert on_disk.plan == held.plan and on_disk.scores.saved.nats == pytest.approx(held.scores.saved.nats)
 
 
 def test_layers_between_windows_have_to_be_held(recipe, tmp_path, monkeypatch):
