@@ -28,6 +28,7 @@ CONDUCTORS = {
     "demonstration",
     "__init__",
     "__main__",
+    "sweep",
 }
 FAMILY_NAMES = re.compile(
     r"\b(llama|opt|mistral|mixtral|qwen\w*|gemma\w*|phi3?|gpt2|gpt_neox?|bloom|falcon|olmo\w*|granite|starcoder\w*|smollm\w*|"
@@ -107,7 +108,7 @@ def test_every_module_has_its_tests():
     }
     elsewhere |= {"presets": "recipe", "recipe_file": "recipe", "sizes": "estimate", "answers": "stability"}
     elsewhere |= {"training": "run", "tracking": "run", "losses": "objective", "folding": "linear", "heal": "student"}
-    elsewhere |= {"charts": "page", "verdict": "page", "record": "choose", "runtime": "recipe"}
+    elsewhere |= {"sweep_figure": "sweep", "charts": "page", "verdict": "page", "record": "choose", "runtime": "recipe"}
     elsewhere |= {"workspace": "run", "checkpoint": "cli", "records": "choose", "errors": "cli"}
     elsewhere |= {
         "evaluation": "evaluate",

@@ -17,7 +17,7 @@ import typer
 
 from llm_streamline import __version__
 from llm_streamline.errors import StreamlineError, WorkerLost
-from llm_streamline.flags import NOT_ESTIMATE, NOT_EVALUATE, ONLY_COMPRESS, command_line, with_flags
+from llm_streamline.flags import NOT_ESTIMATE, NOT_EVALUATE, NOT_SWEEP, ONLY_COMPRESS, command_line, with_flags
 from llm_streamline.interruption import stop_at_once
 
 if TYPE_CHECKING:
@@ -57,6 +57,25 @@ def _summary(result: Result) -> list[str | Table]:
         *report.kept_lines(result.evaluation),
         f"report    {result.report}",
     ]
+
+
+def sweep(recipe: Recipe, runtime: Runtime) -> None:
+    """Shorten a model at several ratios, --remove 10%,20%,30%, and show what each costs: the paper's Figure 4.
+
+    Every ratio is a run of its own in OUT/remove-RATIO; what an earlier, also an interrupted, sweep in OUT has finished
+    is not repeated. OUT/sweep.json and OUT/sweep.png have all of them.
+    """
+    from llm_streamline import report
+    from llm_streamline.run import describe
+    from llm_streamline.sweep import FIGURE, plans, sweep
+
+    if runtime.dry_run:
+        found = plans(recipe, runtime)
+        as_json = {ratio: json.loads(plan.model_dump_json()) for ratio, plan in found.items()}
+        _print(runtime.json_output, as_json, [f"{ratio:<5} {describe(plan)}" for ratio, plan in found.items()])
+        return
+    done = sweep(recipe, runtime)
+    _print(runtime.json_output, done, [report.sweep_table(done), f"figure    {runtime.output}/{FIGURE}"])
 
 
 def analyze(recipe: Recipe, runtime: Runtime) -> None:
@@ -204,7 +223,15 @@ COMMANDS: dict[str, tuple[Callable[..., None], str, set[str] | None]] = {
             "llm-streamline compress bundled --data bundled -o cut --window 4:7 --replace none",
             "llm-streamline compress bundled --data bundled --remove 3 --dry-run --json",
         ),
-        set(),
+        {"beside"},
+    ),
+    "sweep": (
+        sweep,
+        _examples(
+            "llm-streamline sweep bundled --data bundled --remove 10%,25%,40% --dry-run",
+            "llm-streamline sweep bundled --data bundled --remove 2,4 --replace none --tasks none -o sweep --json",
+        ),
+        NOT_SWEEP,
     ),
     "estimate": (
         estimate,

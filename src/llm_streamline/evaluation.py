@@ -258,3 +258,31 @@ class Result(Record):
     model: str
     report: str
     evaluation: Evaluation | None
+
+
+class Point(Record):
+    """One model of a sweep; `share` is of the dense model's parameters that are gone, and `nats` its held-out loss.
+
+    `accuracy` is the mean over tasks, with its interval where there is one task; `stability` the same against the dense
+    model; `decode` how many times as fast as that it writes, at one sequence. None is what was not measured.
+    """
+
+    name: str
+    layers: int
+    parameters: int
+    share: float
+    folder: str | None = None
+    removed: str | None = None
+    nats: float | None = None
+    accuracy: float | None = None
+    interval: Interval | None = None
+    stability: float | None = None
+    decode: float | None = None
+
+
+class Sweep(Record):
+    """What `sweep` hands back and writes as sweep.json; `beside` are dense models that nothing was removed from."""
+
+    dense: Point
+    points: list[Point]
+    beside: list[Point] = Field(default_factory=list)

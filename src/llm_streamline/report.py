@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from llm_streamline.estimate import Estimate
-    from llm_streamline.evaluation import Evaluation, ModelScore, Result
+    from llm_streamline.evaluation import Evaluation, ModelScore, Result, Sweep
 
 MOST_OF_A_GROUP = 12  # tasks that the terminal lists one by one
 USUAL_SHARES = (0.125, 0.25, 0.375, 0.5)
@@ -92,6 +93,19 @@ def summary_table(plan: LayerPlan, scores: Scores) -> Table:
     table = _table("model", "layers", "parameters", "held-out loss", "excess, nats")
     for name, layers, parameters, loss, _, excess in score_rows(plan, scores):
         table.add_row(name, layers, parameters, loss, excess)
+    return table
+
+
+def sweep_table(found: Sweep) -> Table:
+    """A line for each model: what is gone, and what is kept; empty what was not measured."""
+    head = ("model", "removed", "layers", "parameters", "of them gone", "perplexity", "accuracy", "stability", "speed")
+    table = _table(*head)
+    for one in (found.dense, *found.points, *found.beside):
+        kept = [one.accuracy, one.stability, one.decode]
+        figures = [math.exp(one.nats) if one.nats is not None else None, *kept]
+        cells = ["" if value is None else f"{value:.3f}" for value in figures]
+        gone = f"{one.share:.1%}"
+        table.add_row(one.name, one.removed or "", str(one.layers), f"{one.parameters:,}", gone, *cells)
     return table
 
 

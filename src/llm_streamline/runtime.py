@@ -31,6 +31,11 @@ class Runtime(Schema):
         description="What to ask the dense, the cut and the saved model in the end, as evaluate takes it, besides "
         "questions of the run's own text; or none, to evaluate nothing. Repeat it for several. [default: quick]",
     )
+    beside: Annotated[tuple[str, ...], BeforeValidator(as_several)] = Field(
+        (),
+        description="A dense model to show on the same axes, such as the next smaller one of the family. Repeat it for "
+        "several.",
+    )
     cache: Size | None = Field(
         None,
         description="With several --epochs: keep states on the disk, in as many bytes at most, e.g. 20GB, so that the "

@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from llm_streamline import assemble, oracle, run
+from llm_streamline.errors import UserError
+from llm_streamline.evaluation import Sweep
+from llm_streamline.files import remove
+from llm_streamline.recipe import Recipe, Runtime
+from llm_streamline.sweep import plans, sweep
+from llm_streamline.sweep_figure import panels
+from tests import tiny
+
+
+@pytest.fixture(autouse=True)
+def in_process(monkeypatch) -> None:
+    monkeypatch.setattr(assemble, "verify", oracle.check)
+
+
+@pytest.fixture
+def recipe(llama_folder, text_file) -> Recipe:
+    values = {"model": str(llama_folder), "data": str(text_file), "replace": "none", "select": "cosine"}
+    return Recipe(**values, remove="1,3", block=32, calibration_tokens=2000, validation_tokens=2000)
+
+
+def runtime(output, **more) -> Runtime:
+    return Runtime(output=output, compute="float32", quiet=True, **more)
+
+
+def test_every_ratio_is_a_run_and_what_is_there_is_not_made_again(recipe, tmp_path, monkeypatch):
+    beside = str(tiny.make_folder(tmp_path / "smaller", "llama"))
+    found = sweep(recipe, runtime(tmp_path / "out", tasks=("none",), beside=(beside,)))
+    assert [(one.name, one.layers, one.removed is not None) for one in found.points] == [("1", 5, True), ("3", 3, True)]
+    assert found.dense.layers == 6 and 0 < found.points[0].share < found.points[1].share < 1
+    assert found.dense.accuracy is None and list(panels(found)) == ["held-out perplexity"]
+    (smaller,) = found.beside
+    assert smaller.share == 0 and smaller.nats == pytest.approx(found.dense.nats, rel=1e-5), "the same model, here"
+    assert Sweep.read(tmp_path / "out" / "sweep.json") == found
+    assert (tmp_path / "out" / "sweep.png").read_bytes()[:4] == b"\x89PNG"
+    one, other = (tmp_path / "out" / f"remove-{ratio}" / "similarity.json" for ratio in (1, 3))
+    assert one.read_bytes() == other.read_bytes()
+
+    remove(tmp_path / "out" / "remove-3")
+    made = []
+    real = run.assemble_model
+    monkeypatch.setattr(run, "assemble_model", lambda work, *rest: made.append(work.recipe.remove) or real(work, *rest))
+    monkeypatch.setattr(run, "measure", lambda work: pytest.fail("measured again"))
+    again = sweep(recipe, runtime(tmp_path / "out", tasks=("none",)))
+    assert again.points == found.points and set(made) == {"1", "3"} and not again.beside
+
+
+def test_answers_are_shown_where_there_are_some(recipe, tmp_path, monkeypatch):
+    asked = []
+    from llm_streamline.scoring.evaluator import Evaluator
+
+    real = Evaluator._ask
+    monkeypatch.setattr(Evaluator, "_ask", lambda self, task: asked.append(self.label) or real(self, task))
+    questions = tiny.write_jsonl(tmp_path / "some.jsonl", ["x"])
+    rows = [{"id": n, "query": f"a {n}", "choices": ["b", "c d"], "gold": n % 2} for n in range(12)]
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    found = sweep(recipe, runtime(tmp_path / "out", tasks=(str(questions),)))
+    assert {"accuracy", "stability", "held-out perplexity"} <= set(panels(found))
+    assert found.dense.stability == 1 and all(0 <= one.stability <= 1 for one in found.points)
+    assert asked.count("dense") == asked.count("saved") // 2 > 0, "the dense model is asked in one run alone"
+
+
+def test_ratios_of_one_number_of_layers_are_one_run(recipe, tmp_path, capsys):
+    found = plans(recipe.model_copy(update={"remove": "1, 17%,3"}), Runtime(compute="float32"))
+    assert list(found) == ["1", "3"] and "17% is 1 net layers, as 1 is: one run for both" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("remove", "sentence"),
+    [(None, "needs the ratios"), ("1,60", "60"), ("1,x", "x")],
+)
+def test_what_cannot_be_is_refused_before_anything_is_measured(recipe, remove, sentence, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "measure", lambda work: pytest.fail("measured"))
+    with pytest.raises(UserError, match=sentence):
+        sweep(recipe.model_copy(update={"remove": remove}), runtime(tmp_path / "out", tasks=("none",)))
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_targets_folders_and_processes_are_refused(recipe, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="neither --window nor"):
+        sweep(recipe.model_copy(update={"remove": None, "window": "1:3"}), runtime(tmp_path / "out"))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("x")
+    with pytest.raises(UserError, match=r"holds mine\.txt"):
+        sweep(recipe, runtime(tmp_path / "full"))
+    with pytest.raises(UserError, match="no output folder"):
+        sweep(recipe, runtime(None))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="one process"):
+        sweep(recipe, runtime(tmp_path / "out"))
