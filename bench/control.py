@@ -24,7 +24,7 @@ from llm_streamline.forward import substituted
 from llm_streamline.healing import GENTLER
 from llm_streamline.memory import release
 from llm_streamline.recipe import Recipe, Runtime
-from llm_streamline.records import Fit, LayerPlan, Window
+from llm_streamline.records import Fit, Window
 from llm_streamline.replacement import build_replacement
 from llm_streamline.student import Student
 from llm_streamline.text import shuffled
@@ -37,15 +37,12 @@ WHOLE = {"control": False, "control-all": True}
 def trained(work: Workspace, every: bool) -> tuple[Student, Fit]:
     """The dense model's layers, one in the middle or all of them trained by the loss of the next token."""
     model, layers = work.model, work.shape.num_layers
-    plan = LayerPlan.model_construct(
-        window=Window(start=0, stop=layers), num_layers=layers, occupied=layers, dropped=[]
-    )
-    student = Student(list(build_replacement(model, range(layers), "inherited", 0)), plan)
+    student = Student(list(build_replacement(model, range(layers), "inherited", 0)), range(layers))
     for number, layer in enumerate(student):
         layer.requires_grad_(every or number == layers // 2)
     blocks = shuffled(work.parts.training, work.recipe.seed)
     settings = Settings.resolve(work.recipe, blocks, (layers, work.config.hidden_size), work.memory, work.bfloat16)
-    trainer = Trainer(model, plan.window, student, settings, quiet=True)
+    trainer = Trainer(model, Window(start=0, stop=layers), student, settings, quiet=True)
     return student, trainer.fit(blocks, work.parts.validation)
 
 

@@ -14,7 +14,7 @@ QUESTIONS = Path(__file__).parent / "demo" / "questions.jsonl"
 
 def demo(runtime: Runtime) -> tuple[Result, dict[str, float]]:
     """The run's result, and the share of questions that the dense, the merely cut and the saved model get right."""
-    recipe = Recipe(model=checkpoint.BUNDLED, data=(checkpoint.BUNDLED,), remove="25%", tokens="150k")
+    recipe = Recipe(model=checkpoint.BUNDLED, data=(checkpoint.BUNDLED,), remove="25%", tokens="100k")
     result = compress(recipe, runtime.model_copy(update={"tasks": (str(QUESTIONS),)}))
     assert result.evaluation
     names = {"dense": "dense", "cut": "deleted", "saved": "replaced"}
