@@ -9,7 +9,7 @@ from llm_streamline.errors import UserError
 from llm_streamline.evaluation import Sweep
 from llm_streamline.files import remove
 from llm_streamline.recipe import Recipe, Runtime
-from llm_streamline.sweep import plans, sweep
+from llm_streamline.sweep import _mean, plans, sweep
 from llm_streamline.sweep_figure import panels
 from tests import tiny
 
@@ -62,8 +62,16 @@ def test_answers_are_shown_where_there_are_some(recipe, tmp_path, monkeypatch):
     questions.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     found = sweep(recipe, runtime(tmp_path / "out", tasks=(str(questions),)))
     assert {"accuracy", "stability", "held-out perplexity"} <= set(panels(found))
+    for one in found.points:
+        low, high = one.accuracy_interval
+        assert low < one.accuracy < high and one.stability_interval[0] <= one.stability
     assert found.dense.stability == 1 and all(0 <= one.stability <= 1 for one in found.points)
     assert asked.count("dense") == asked.count("saved") // 2 > 0, "the dense model is asked in one run alone"
+
+
+def test_the_interval_of_a_mean_is_narrower_than_its_parts():
+    assert _mean([(0.5, (0.4, 0.6)), (0.7, (0.6, 0.8))]) == (0.6, pytest.approx((0.6 - 0.0707, 0.6 + 0.0707), abs=1e-4))
+    assert _mean([(0.5, (0.4, 0.6)), (0.7, None)]) == (0.6, None)
 
 
 def test_ratios_of_one_number_of_layers_are_one_run(recipe, tmp_path, capsys):

@@ -263,8 +263,8 @@ class Result(Record):
 class Point(Record):
     """One model of a sweep; `share` is of the dense model's parameters that are gone, and `nats` its held-out loss.
 
-    `accuracy` is the mean over tasks, with its interval where there is one task; `stability` the same against the dense
-    model; `decode` how many times as fast as that it writes, at one sequence. None is what was not measured.
+    `accuracy` is the mean over tasks, `stability` the same against the dense model, each with its 95 % interval over
+    items; `decode` how many times as fast as that it writes, at one sequence. None is what was not measured.
     """
 
     name: str
@@ -275,8 +275,9 @@ class Point(Record):
     removed: str | None = None
     nats: float | None = None
     accuracy: float | None = None
-    interval: Interval | None = None
+    accuracy_interval: Interval | None = None
     stability: float | None = None
+    stability_interval: Interval | None = None
     decode: float | None = None
 
 

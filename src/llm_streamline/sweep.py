@@ -6,8 +6,10 @@ them, the similarities and the dense model's answers, is taken from the first.
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from llm_streamline import checkpoint, run, sweep_figure
@@ -136,16 +138,29 @@ def _point(ratio: str, result: Result) -> Point:
 def _answers(one: ModelScore | None) -> dict[str, float | Interval | None]:
     if one is None or not one.tasks:
         return {}
-    interval = one.tasks[0].interval if len(one.tasks) == 1 else None
-    return {"accuracy": sum(task.value for task in one.tasks) / len(one.tasks), "interval": interval}
+    value, interval = _mean([(task.value, task.interval) for task in one.tasks])
+    return {"accuracy": value, "accuracy_interval": interval}
 
 
-def _compared(one: ModelScore | None) -> dict[str, float | None]:
+def _compared(one: ModelScore | None) -> dict[str, float | Interval | None]:
     if one is None:
         return {}
-    stable = [task.stability for task in one.stability or []]
     alone = next((timing for timing in one.timings if timing.batch == 1), None)
-    return {"stability": sum(stable) / len(stable) if stable else None, "decode": alone.decode_ratio if alone else None}
+    speed: dict[str, float | Interval | None] = {"decode": alone.decode_ratio if alone else None}
+    if not one.stability:
+        return speed
+    value, interval = _mean([(task.stability, task.stability_interval) for task in one.stability])
+    return {"stability": value, "stability_interval": interval, **speed}
+
+
+def _mean(found: Sequence[tuple[float, Interval | None]]) -> tuple[float, Interval | None]:
+    """Of tasks, in which items are independent: half the width of its interval is that of their errors' sum."""
+    value = sum(one for one, _ in found) / len(found)
+    halves = [(interval[1] - interval[0]) / 2 for _, interval in found if interval]
+    if len(halves) < len(found):
+        return value, None
+    half = math.hypot(*halves) / len(found)
+    return value, (value - half, value + half)
 
 
 def _beside(recipe: Recipe, runtime: Runtime, name: str, root: Path, found: Sweep) -> Point:

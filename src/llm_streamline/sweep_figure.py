@@ -26,6 +26,11 @@ def panels(found: Sweep) -> dict[str, Callable[[Point], float | None]]:
     return {name: of for name, of in PANELS.items() if all(of(one) is not None for one in found.points)}
 
 
+def interval(title: str, one: Point) -> tuple[float, float] | None:
+    """The 95 % interval of what a panel shows, where it has one."""
+    return {"accuracy": one.accuracy_interval, "stability": one.stability_interval}.get(title)
+
+
 def draw(found: Sweep, path: Path) -> None:
     """A small panel for each figure that was measured, the dense model at 0; dense models beside it are not joined."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -38,6 +43,9 @@ def draw(found: Sweep, path: Path) -> None:
         line = sorted([found.dense, *found.points], key=lambda one: one.share)
         known = [(100 * one.share, value) for one in line if (value := of(one)) is not None]
         axes.plot(*zip(*known, strict=True), "o-", color="tab:blue", markersize=4)
+        for one in line:
+            if low_high := interval(title, one):
+                axes.plot([100 * one.share] * 2, low_high, color="tab:blue", linewidth=1, alpha=0.6)
         if (dense := of(found.dense)) is not None:
             axes.axhline(dense, color="gray", linewidth=0.8, linestyle="--")
         for one in found.beside:
