@@ -44,15 +44,16 @@ def killed_after(run, steps: int) -> None:
     run.step = step
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
 @pytest.mark.parametrize(("every", "lost"), [(0.0, 0), (1e9, None)])
-def test_a_killed_training_goes_on_to_the_same_bits(name, every, lost, tmp_path, capsys, monkeypatch):
+def test_a_killed_training_goes_on_to_the_same_bits(name, every, lost, optimizer, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(history, "CURVE_POINTS", 4)  # so that losses wait for their point when it is killed
-    undisturbed = trainer(name, init="random", accumulate=2)
+    undisturbed = trainer(name, init="random", accumulate=2, optimizer=optimizer)
     whole = undisturbed.fit(TRAINING, VALIDATION)
     path, resumed = tmp_path / "checkpoint.safetensors", []
     for steps in (3, 2, 100):
-        run = trainer(name, init="random", accumulate=2, batch=2)
+        run = trainer(name, init="random", accumulate=2, batch=2, optimizer=optimizer)
         run.snapshot, run.quiet = Snapshot(path, every), False
         killed_after(run, steps)
         try:

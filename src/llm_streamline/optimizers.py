@@ -47,7 +47,11 @@ class Several(torch.optim.Optimizer):
     def __init__(self, parts: Sequence[torch.optim.Optimizer]) -> None:
         self.parts = parts
         super().__init__([weight for part in parts for group in part.param_groups for weight in group["params"]], {})
-        self.param_groups = [group for part in parts for group in part.param_groups]  # the parts' own: a rate is theirs
+        self._share_groups()
+
+    def _share_groups(self) -> None:
+        """The groups are the parts' own, so that a rate that is set here is theirs."""
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for part in self.parts:
@@ -70,6 +74,7 @@ class Several(torch.optim.Optimizer):
                 if first <= place and (end is None or place < end)
             }
             part.load_state_dict({"state": own, "param_groups": part.state_dict()["param_groups"]})
+        self._share_groups()  # which loading has made anew
 
     def _firsts(self) -> list[int]:
         """Per part the number of its first weight."""
