@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,8 @@ def trained(work: Workspace, every: bool) -> tuple[Student, Fit]:
         layer.requires_grad_(every or number == layers // 2)
     blocks = shuffled(work.parts.training, work.recipe.seed)
     settings = Settings.resolve(work.recipe, blocks, (layers, work.config.hidden_size), work.memory, work.bfloat16)
+    if every:
+        settings = replace(settings, lr=GENTLER * settings.lr, min_lr=GENTLER * settings.min_lr)
     trainer = Trainer(model, Window(start=0, stop=layers), student, settings, quiet=True)
     return student, trainer.fit(blocks, work.parts.validation)
 
@@ -67,7 +70,7 @@ def main() -> None:
             if all((options.rows / f"{name}-{remove.rstrip('%')}-{seed}.json").exists() for remove in options.remove):
                 continue
             base = {"model": options.model, "data": options.data, "tokens": options.tokens, "seed": seed, "loss": "lm"}
-            row = controlled(Recipe(**base, lr=2e-3 * GENTLER if every else None), every, judge)
+            row = controlled(Recipe(**base), every, judge)
             for remove in options.remove:  # nothing is removed: the row is the same beside every share
                 file: Path = options.rows / f"{name}-{remove.rstrip('%')}-{seed}.json"
                 write_text(file, json.dumps({"method": name, "remove": remove, "seed": seed, **row}))

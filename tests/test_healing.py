@@ -19,6 +19,7 @@ from llm_streamline.sizes import sizes_of
 from llm_streamline.train import Trainer
 from llm_streamline.workspace import Workspace
 from tests.test_run import quiet, recipe, weights
+from tests.test_train import stopping
 
 __all__ = ["recipe"]  # a fixture
 TOKENS = 31 * 128  # whole sequences of 4,000
@@ -94,17 +95,8 @@ def test_a_killed_healing_goes_on_to_the_same_bits(recipe, tmp_path, monkeypatch
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     way = recipe(heal="lora:2", **WAY)
     run.compress(way, quiet(whole))
-    real, steps = Trainer.step, []
-
-    def step(self, *args):
-        if self.window.start == 0:
-            steps.append(True)
-            if len(steps) == 6:
-                raise KeyboardInterrupt
-        return real(self, *args)
-
     with monkeypatch.context() as patched:
-        patched.setattr(Trainer, "step", step)
+        patched.setattr(Trainer, "step", stopping(6, counted=lambda one: one.window.start == 0))
         with pytest.raises(KeyboardInterrupt):
             run.compress(way, quiet(cut, checkpoint_every=0.0001))
     assert (cut / "healing.safetensors").exists() and (cut / "replacement").exists()

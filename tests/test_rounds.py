@@ -18,6 +18,7 @@ from llm_streamline.train import Trainer
 from llm_streamline.training import load_replacement
 from llm_streamline.workspace import RunFolder, Workspace
 from tests.test_run import equal, quiet, recipe, weights
+from tests.test_train import stopping
 
 __all__ = ["recipe"]  # a fixture
 WAY = {"remove": "2", "windows": 2, "rounds": 2, "protect_last": 0, "tokens": 3000, "select": "loss", "lr": 0.01}
@@ -71,18 +72,10 @@ def test_the_second_round_goes_on_from_the_first(recipe, tmp_path, monkeypatch):
 
 
 def test_a_run_stopped_in_either_round_goes_on_to_the_same_bits(recipe, tmp_path, monkeypatch):
-    whole, cut, steps, way = tmp_path / "whole", tmp_path / "cut", [], recipe(**{**WAY, "select": "cosine"})
+    whole, cut, way = tmp_path / "whole", tmp_path / "cut", recipe(**{**WAY, "select": "cosine"})
     run.compress(way, quiet(whole))
-    real = Trainer.step
-
-    def step(self, *given):
-        steps.append(True)
-        if len(steps) in (5, 20):
-            raise KeyboardInterrupt
-        return real(self, *given)
-
     with monkeypatch.context() as patched:
-        patched.setattr(Trainer, "step", step)
+        patched.setattr(Trainer, "step", stopping(5, 20))
         for done in (False, True):
             with pytest.raises(KeyboardInterrupt):
                 run.compress(way, quiet(cut, checkpoint_every=0.0001))

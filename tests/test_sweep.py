@@ -43,12 +43,11 @@ def test_every_ratio_is_a_run_and_what_is_there_is_not_made_again(recipe, tmp_pa
     assert one.read_bytes() == other.read_bytes()
 
     remove(tmp_path / "out" / "remove-3")
-    made = []
-    real = run.assemble_model
-    monkeypatch.setattr(run, "assemble_model", lambda work, *rest: made.append(work.recipe.remove) or real(work, *rest))
+    made, real = [], run.assemble
+    monkeypatch.setattr(run, "assemble", lambda *given: made.append(given[-1].parent.name) or real(*given))
     monkeypatch.setattr(run, "measure", lambda work: pytest.fail("measured again"))
     again = sweep(recipe, runtime(tmp_path / "out", tasks=("none",)))
-    assert again.points == found.points and set(made) == {"1", "3"} and not again.beside
+    assert again.points == found.points and made == ["remove-3"] and not again.beside
 
 
 def test_answers_are_shown_where_there_are_some(recipe, tmp_path, monkeypatch):
@@ -57,7 +56,7 @@ def test_answers_are_shown_where_there_are_some(recipe, tmp_path, monkeypatch):
 
     real = Evaluator._ask
     monkeypatch.setattr(Evaluator, "_ask", lambda self, task: asked.append(self.label) or real(self, task))
-    questions = tiny.write_jsonl(tmp_path / "some.jsonl", ["x"])
+    questions = tmp_path / "some.jsonl"
     rows = [{"id": n, "query": f"a {n}", "choices": ["b", "c d"], "gold": n % 2} for n in range(12)]
     questions.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     found = sweep(recipe, runtime(tmp_path / "out", tasks=(str(questions),)))
@@ -74,7 +73,8 @@ def test_the_interval_of_a_mean_is_narrower_than_its_parts():
     assert _mean([(0.5, (0.4, 0.6)), (0.7, None)]) == (0.6, None)
 
 
-def test_ratios_of_one_number_of_layers_are_one_run(recipe, tmp_path, capsys):
+def test_ratios_of_one_number_of_layers_are_one_run(recipe, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     found = plans(recipe.model_copy(update={"remove": "1, 17%,3"}), Runtime(compute="float32"))
     assert list(found) == ["1", "3"] and "17% is 1 net layers, as 1 is: one run for both" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

@@ -28,6 +28,20 @@ def trainer(name: str = "llama", occupied: int = 1, init: str = "inherited", **c
     return Trainer(model, WINDOW, replacement, dataclasses.replace(SETTINGS, **changes), quiet=True)
 
 
+def stopping(*numbers: int, counted=lambda run: True):
+    """`Trainer.step`, but that the run is interrupted in these of the counted steps."""
+    real, steps = Trainer.step, []
+
+    def step(self, *given):
+        if counted(self):
+            steps.append(True)
+            if len(steps) in numbers:
+                raise KeyboardInterrupt
+        return real(self, *given)
+
+    return step
+
+
 def weights(found: Trainer) -> dict[str, torch.Tensor]:
     return {key: value.clone() for key, value in found.replacement.state_dict().items()}
 

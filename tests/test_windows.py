@@ -34,6 +34,7 @@ from llm_streamline.workspace import RunFolder, Workspace
 from tests import tiny
 from tests.test_choose import SHAPE, similarity
 from tests.test_run import equal, quiet, recipe, weights
+from tests.test_train import stopping
 
 __all__ = ["recipe"]  # a fixture
 TWO = {"remove": None, "window": "1:3,4:6", "protect_last": 0, "tokens": 4000}  # of 6 layers: 0 and 3 stay
@@ -252,18 +253,10 @@ def test_compress_with_two_windows(recipe, llama_folder, tmp_path):
 
 
 def test_a_stopped_training_goes_on_to_the_same_bits(recipe, tmp_path, monkeypatch):
-    whole, cut, steps = tmp_path / "whole", tmp_path / "cut", []
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
     run.compress(recipe(**TWO), quiet(whole))
-    real = Trainer.step
-
-    def step(self, *given):
-        steps.append(True)
-        if len(steps) == 12:
-            raise KeyboardInterrupt
-        return real(self, *given)
-
     with monkeypatch.context() as patched:
-        patched.setattr(Trainer, "step", step)
+        patched.setattr(Trainer, "step", stopping(12))
         with pytest.raises(KeyboardInterrupt):
             run.compress(recipe(**TWO), quiet(cut, checkpoint_every=0.0001))
     resumed = []

@@ -118,9 +118,12 @@ def solve_window(
     """
     started = time.perf_counter()
     learned, held_out = (window_moments(model, window, blocks, reading, world) for blocks in (training, validation))
-    mapping, ridge = best_map(learned, held_out)
+    mapping: Tensor
+    ridge: float | None
     if reading.patch:
         mapping, ridge = patch_map(window_magnitudes(model, window, training, reading, world)), 0.0
+    else:
+        mapping, ridge = best_map(learned, held_out)
     # the mean of the loss over tokens, and for mse over the width
     per = held_out.yy / held_out.tokens / (1 if reading.loss == "nmse" else len(mapping))
     fit = LinearFit(
@@ -145,9 +148,10 @@ def fit_linear(work: Workspace, plan: LayerPlan, folder: RunFolder) -> LinearFit
         return kept
     work.share()
     parts, quiet = work.parts, work.runtime.quiet
-    say(f"solving for a linear map on {parts.training.numel():,} tokens, in one pass", quiet)
-    form = (plan.folded is not None, work.recipe.loss_used, work.batch(FORWARD_TOKENS), work.bfloat16, quiet)
-    reading = Reading(*form, patch=plan.replace == PATCH)
+    how = "measuring a patch" if plan.replace == PATCH else "solving for a linear map"
+    say(f"{how} on {parts.training.numel():,} tokens", quiet)
+    folded, patch, batch = plan.folded is not None, plan.replace == PATCH, work.batch(FORWARD_TOKENS)
+    reading = Reading(folded, work.recipe.loss_used, batch, work.bfloat16, quiet, patch)
     model = work.world.attempt(lambda: work.model)
     mapping, fit = solve_window(model, plan.window, parts.training, parts.validation, reading, work.world)
     if fit.ridge is None:

@@ -5,7 +5,7 @@ Measured in docs/decisions/0011: Muon learns more where there are many steps, Ad
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -59,24 +59,22 @@ class Several(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         found: dict[str, Any] = {"state": {}, "param_groups": []}
-        for first, part in zip(self._firsts(), self.parts, strict=True):
+        for numbers, part in self._numbered():
             own = part.state_dict()
-            found["state"] |= {first + place: state for place, state in own["state"].items()}
+            found["state"] |= {numbers[place]: state for place, state in own["state"].items()}
             found["param_groups"] += own["param_groups"]
         return found
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        firsts = self._firsts()
-        for first, end, part in zip(firsts, [*firsts[1:], None], self.parts, strict=True):
-            own = {
-                place - first: state
-                for place, state in state_dict["state"].items()
-                if first <= place and (end is None or place < end)
-            }
+        for numbers, part in self._numbered():
+            own = {number - numbers.start: state for number, state in state_dict["state"].items() if number in numbers}
             part.load_state_dict({"state": own, "param_groups": part.state_dict()["param_groups"]})
         self._share_groups()  # which loading has made anew
 
-    def _firsts(self) -> list[int]:
-        """Per part the number of its first weight."""
-        counts = [sum(len(group["params"]) for group in part.param_groups) for part in self.parts]
-        return [sum(counts[:number]) for number in range(len(counts))]
+    def _numbered(self) -> Iterator[tuple[range, torch.optim.Optimizer]]:
+        """Each part, with its weights' numbers."""
+        first = 0
+        for part in self.parts:
+            count = sum(len(group["params"]) for group in part.param_groups)
+            yield range(first, first + count), part
+            first += count

@@ -39,12 +39,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     # SLEB, arXiv 2402.09025: one layer after the other, by the loss on the calibration part
     "sleb": {**DELETED, "select": "greedy"},
     # LaCo, arXiv 2402.11187: theirs merges several runs, from the top down, each as long as the last state stays alike
-    # enough on a few sentences; here it is one window. What its thresholds were for each model is not told
+    # enough on a few sentences; here it is one window
     "laco": {**DELETED, "replace": "merged"},
     # ReplaceMe, arXiv 2505.02819: least squares, folded. Its form for a cosine objective is not here
     "replaceme": {**DELETED, "replace": "linear", "loss": "mse"},
-    # LinearPatch, NeurIPS 2025, without its training of the patch. Theirs has another rotation where the width is no
-    # power of two, and lies between two layers; ours is in one's place
+    # LinearPatch, NeurIPS 2025, without its training of the patch. Theirs lies between two layers, ours is in one's
+    # place; the rotation for a width that is no power of two is ours
     "linearpatch": {**DELETED, "replace": "linear:patch"},
     # Ghosted Layers, arXiv 2605.15491: the unconstrained map at the cut. Theirs is no layer; ours is in one's place
     "ghost": {**DELETED, "replace": "linear:free", "loss": "mse"},

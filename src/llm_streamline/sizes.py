@@ -85,7 +85,7 @@ def sizes_of(work: Workspace, offloaded: bool = False) -> Sizes:
         vocabulary=vocabulary,
         trained=(shape.network or layer) * (1 if recipe.replace == FOLDED else occupied),
         **_remembered(work, blocks // recipe.rounds),
-        **_healing(work, blocks),
+        **_healing(work, blocks, tokens),
         solved=recipe.solved,
         above=layers_above(recipe, shape.num_layers),
         logits=min(chunk_positions(batch, vocabulary), block) * batch * vocabulary if looks_through else 0,
@@ -100,7 +100,6 @@ def sizes_of(work: Workspace, offloaded: bool = False) -> Sizes:
         forward=max(block, FORWARD_TOKENS // block * block),
         batch=batch,
         calibration=recipe.calibration_tokens or CALIBRATION_TOKENS,
-        training=0 if not recipe.learns else tokens - _healing(work, blocks)["healing"],
         validation=recipe.validation_tokens or VALIDATION_TOKENS,
         ram=work.ram,
     )
@@ -122,12 +121,13 @@ def _micro_batch(work: Workspace, blocks: tuple[int, int], layers: int) -> int:
     return default_batch(blocks, recipe.accumulate, alive, work.memory)
 
 
-def _healing(work: Workspace, blocks: int) -> dict[str, int]:
-    """What healing takes: parameters at most, sequences at once, logits at once, tokens."""
+def _healing(work: Workspace, blocks: int, tokens: int) -> dict[str, int]:
+    """What healing takes: parameters at most, sequences and logits at once, and tokens; and which it leaves."""
     recipe, config = work.recipe, work.config
     wanted = parse_heal(recipe.heal)
     if wanted is None:
-        return dict.fromkeys(("healed", "heal_batch", "heal_logits", "healing"), 0)
+        none = dict.fromkeys(("healed", "heal_batch", "heal_logits", "healing"), 0)
+        return {**none, "training": tokens if recipe.learns else 0}
     block = block_length(recipe, context_length(config))
     blocks = blocks if not recipe.learns else max(1, round(blocks * recipe.heal_share))
     batch = _micro_batch(work, (blocks, block), work.shape.num_layers)
@@ -138,6 +138,7 @@ def _healing(work: Workspace, blocks: int) -> dict[str, int]:
         "heal_batch": batch,
         "heal_logits": positions * batch * config.vocab_size,
         "healing": blocks * block,
+        "training": tokens - blocks * block if recipe.learns else 0,
     }
 
 

@@ -17,6 +17,7 @@ from llm_streamline.choose import net_layers
 from llm_streamline.errors import UserError
 from llm_streamline.evaluation import Evaluation, Interval, ModelScore, Point, Request, Result, Sweep
 from llm_streamline.families import parameter_counts
+from llm_streamline.files import atomic
 from llm_streamline.memory import release
 from llm_streamline.preview import plan_only
 from llm_streamline.progress import say
@@ -37,6 +38,7 @@ def sweep(recipe: Recipe, runtime: Runtime) -> Sweep:
     """
     root = _folder(runtime.output)
     wanted = ratios(recipe, runtime)
+    subjects = [Subject(name, runtime) for name in runtime.beside]
     results: dict[str, Result] = {}
     for number, (ratio, one) in enumerate(wanted.items(), start=1):
         say(f"{ratio}, {number} of {len(wanted)}", runtime.quiet)
@@ -46,7 +48,7 @@ def sweep(recipe: Recipe, runtime: Runtime) -> Sweep:
         results[ratio] = run.compress(one, own)
         release()
     found = _sweep(recipe, results)
-    beside = [_beside(recipe, runtime, name, root, found) for name in runtime.beside]
+    beside = [_beside(recipe, runtime, one, root, found) for one in subjects]
     found = found.model_copy(update={"beside": beside})
     found.write(root / SWEEP)
     sweep_figure.draw(found, root / FIGURE)
@@ -83,12 +85,11 @@ def ratios(recipe: Recipe, runtime: Runtime) -> dict[str, Recipe]:
 
 
 def _folder(output: Path | None) -> Path:
-    if output is None:
-        raise UserError("no output folder was given; give one with -o, where every ratio gets a folder of its own.")
+    output = output_folder(output)
     others = {entry.name for entry in output.iterdir()} if output.is_dir() else set()
     if left := {name for name in others if not name.startswith("remove-")} - {SWEEP, FIGURE, BESIDE}:
         raise UserError(f"-o {output} holds {min(left)}, which is no sweep's; give a folder that is new or empty.")
-    return output_folder(output) if not others else output
+    return output
 
 
 def _hand_on(done: Path, runtime: Runtime, recipe: Recipe) -> None:
@@ -97,9 +98,10 @@ def _hand_on(done: Path, runtime: Runtime, recipe: Recipe) -> None:
     if runtime.fresh or folder.has("similarity.json"):
         return
     Similarity.read(done / "similarity.json").write(folder.file("similarity.json"))
-    for kept in (f"scores/{DENSE}", f"items/{DENSE}"):
-        if (done / kept).is_dir():
-            shutil.copytree(done / kept, folder.path / kept, dirs_exist_ok=True)
+    for kept in (f"items/{DENSE}", f"scores/{DENSE}"):  # in this order: a score vouches for its items
+        for file in (done / kept).glob("*"):
+            with atomic(folder.path / kept / file.name) as temporary:
+                shutil.copyfile(file, temporary)
 
 
 def _sweep(recipe: Recipe, results: dict[str, Result]) -> Sweep:
@@ -163,10 +165,11 @@ def _mean(found: Sequence[tuple[float, Interval | None]]) -> tuple[float, Interv
     return value, (value - half, value + half)
 
 
-def _beside(recipe: Recipe, runtime: Runtime, name: str, root: Path, found: Sweep) -> Point:
+def _beside(recipe: Recipe, runtime: Runtime, subject: Subject, root: Path, found: Sweep) -> Point:
     """A dense model with the same questions and text; compared with the other where their tokenizers are the same."""
+    name = subject.name
     say(f"{name}, beside", runtime.quiet)
-    alike = Subject(name, runtime).tokenizer_digest == Subject(recipe.model, runtime).tokenizer_digest
+    alike = subject.tokenizer_digest == Subject(recipe.model, runtime).tokenizer_digest
     own = Path(found.points[0].folder or "") / OWN
     tasks = (*([str(own)] if own.exists() else []), *(task for task in runtime.tasks if task != run.NO_TASKS))
     evaluation: Evaluation | None = None
