@@ -10,17 +10,15 @@ row. What they gain is what the text alone teaches a model of this size: excess 
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench.quality import Judge, flags
-from llm_streamline.files import write_text
+from bench.rows import SUFFIX, write_row
 from llm_streamline.forward import substituted
 from llm_streamline.healing import GENTLER
 from llm_streamline.memory import release
@@ -67,13 +65,13 @@ def main() -> None:
     judge = Judge(options.model, options.heldout, options.questions)
     for seed in options.seeds:
         for name, every in WHOLE.items():
-            if all((options.rows / f"{name}-{remove.rstrip('%')}-{seed}.json").exists() for remove in options.remove):
+            files = {remove: options.rows / f"{name}-{remove.rstrip('%')}-{seed}{SUFFIX}" for remove in options.remove}
+            if all(file.exists() for file in files.values()):
                 continue
             base = {"model": options.model, "data": options.data, "tokens": options.tokens, "seed": seed, "loss": "lm"}
             row = controlled(Recipe(**base), every, judge)
-            for remove in options.remove:  # nothing is removed: the row is the same beside every share
-                file: Path = options.rows / f"{name}-{remove.rstrip('%')}-{seed}.json"
-                write_text(file, json.dumps({"method": name, "remove": remove, "seed": seed, **row}))
+            for remove, file in files.items():  # nothing is removed: the row is the same beside every share
+                write_row(file, {"method": name, "remove": remove, "seed": seed, **row})
             print(f"{name}-{seed}: excess {row['validation']:.4f} nats", file=sys.stderr)
 
 

@@ -3,15 +3,15 @@
 `python -m bench.quality ROWS --model MODEL --data TEXT.jsonl --heldout TEXT.jsonl --questions TASK.jsonl
     [--methods NAME ...] [--remove 25% 42%] [--seeds 0 1 2] [--tokens 500k]`
 
-adds to the folder ROWS what is not there yet, one JSON file per row, so that it can be stopped at any time;
-`python -m bench.quality_table ROWS` prints what has come in. Without --heldout a row is judged on the validation part
-of the training text alone, which is what settings are chosen by.
+adds to the folder ROWS what is not there yet, one file per row, so that it can be stopped at any time;
+`python -m bench.quality_table ROWS` prints what has come in. Rows that have been measured lie in `bench/measured`.
+Without --heldout a row is judged on the validation part of the training text alone, which is what settings are chosen
+by.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import sys
 import tempfile
@@ -24,11 +24,11 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from bench.depths import Peak
+from bench.rows import SUFFIX, write_row
 from llm_streamline import compress, run, selection
 from llm_streamline.checkpoint import Source, context_length, load_model, load_tokenizer
 from llm_streamline.errors import UserError
 from llm_streamline.families import layers_of
-from llm_streamline.files import write_text
 from llm_streamline.memory import held, release
 from llm_streamline.recipe import Recipe, Runtime
 from llm_streamline.records import Fit, runs_of
@@ -139,14 +139,13 @@ def add_rows(options: argparse.Namespace) -> None:
     options.rows.mkdir(parents=True, exist_ok=True)
     remember()
     judge = Judge(options.model, options.heldout, options.questions)
-    dense = options.rows / f"{DENSE}.json"
+    dense = options.rows / f"{DENSE}{SUFFIX}"
     if not dense.exists():
-        row = {"method": DENSE, **judge.row(load_model(Source(options.model), torch.float32))}
-        write_text(dense, json.dumps(row))
+        write_row(dense, {"method": DENSE, **judge.row(load_model(Source(options.model), torch.float32))})
     for seed in options.seeds:
         for remove in options.remove:
             for name, values in map(given, options.methods):
-                file = options.rows / f"{name}-{remove.rstrip('%')}-{seed}.json"
+                file = options.rows / f"{name}-{remove.rstrip('%')}-{seed}{SUFFIX}"
                 if file.exists():
                     continue
                 base = {"model": options.model, "data": options.data, "remove": remove, "seed": seed}
@@ -155,10 +154,10 @@ def add_rows(options: argparse.Namespace) -> None:
                     try:
                         row = shortened({**base, **values}, Path(scratch), judge)
                     except UserError as error:
-                        print(f"{file.stem}: {error}", file=sys.stderr)
+                        print(f"{file.name}: {error}", file=sys.stderr)
                         continue
-                write_text(file, json.dumps({"method": name, "remove": remove, "seed": seed, **row}))
-                print(f"{file.stem}: excess {row['validation']:.4f} nats, {row['seconds']:.0f} s", file=sys.stderr)
+                write_row(file, {"method": name, "remove": remove, "seed": seed, **row})
+                print(f"{file.name}: excess {row['validation']:.4f} nats, {row['seconds']:.0f} s", file=sys.stderr)
 
 
 def flags(description: str | None) -> argparse.ArgumentParser:

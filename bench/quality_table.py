@@ -7,7 +7,6 @@ together, the same for both methods of a pair, so that what is common to them fa
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench.quality import DENSE
+from bench.rows import SUFFIX, read_row
 
 DRAWS = 2000
 Values = NDArray[np.float64]
@@ -25,8 +25,8 @@ def read(folder: Path) -> tuple[Row, dict[str, dict[str, list[Row]]]]:
     """The dense model's row; and by share removed, by method, the rows of the seeds in order."""
     found: dict[str, dict[str, list[Row]]] = {}
     dense: Row = {}
-    for file in sorted(folder.glob("*.json")):
-        row = json.loads(file.read_text(encoding="utf-8"))
+    for file in sorted(folder.glob(f"*{SUFFIX}")):
+        row = read_row(file)
         if row["method"] == DENSE:
             dense = row
         else:

@@ -14,8 +14,10 @@ from llm_streamline import assemble as assemble_module
 from llm_streamline import oracle, run, verdict
 from llm_streamline.errors import UserError
 from llm_streamline.estimate import predict
+from llm_streamline.heal import parse_heal
 from llm_streamline.records import Manifest
 from llm_streamline.sizes import sizes_of
+from llm_streamline.student import student_of
 from llm_streamline.train import Trainer
 from llm_streamline.workspace import Workspace
 from tests.test_run import quiet, recipe, weights
@@ -103,7 +105,7 @@ def test_a_killed_healing_goes_on_to_the_same_bits(recipe, tmp_path, monkeypatch
     resumed = []
     monkeypatch.setattr("llm_streamline.train.say", lambda text, quiet: resumed.append(text))
     run.compress(way, quiet(cut, checkpoint_every=0.0001))
-    assert "resumed at step 5 of 22" in resumed
+    assert "resumed at step 5 of 28" in resumed
     assert not (cut / "healing.safetensors").exists()
     one, other = weights(whole), weights(cut)
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
@@ -112,7 +114,7 @@ def test_a_killed_healing_goes_on_to_the_same_bits(recipe, tmp_path, monkeypatch
 def test_a_saved_format_of_fewer_bits_is_what_was_checked(recipe, tmp_path):
     result = run.compress(recipe(heal="all", dtype="bfloat16", **WAY), quiet(tmp_path))
     assert result.verification.passed and result.verification.logits_error < 1e-5
-    assert result.healing.lr == pytest.approx(0.15 * result.fit.lr)
+    assert result.healing.lr == pytest.approx(0.05 * result.fit.lr)
     assert all(value.dtype == torch.bfloat16 for value in weights(tmp_path).values())
 
 
@@ -152,5 +154,31 @@ def test_the_estimate_counts_it(recipe, tmp_path):
     few, many, more = (stage(heal=heal)["healing"].memory for heal in ("lora:1", "lora:8", "all"))
     assert few < many < more
     both = stage(heal="all")
-    assert both["healing"].tokens < stage(heal="all", heal_share=0.9)["healing"].tokens
+    assert both["healing"].tokens < stage(heal="all", heal_share=0.95)["healing"].tokens
     assert both["training"].tokens < stage()["training"].tokens
+
+
+def test_what_stands_in_keeps_its_rate_and_the_rest_has_its_own(recipe, tmp_path, monkeypatch):
+    rates = []
+
+    def step(self, optimizer, passages, sequences, lr, part):
+        loss = whole(self, optimizer, passages, sequences, lr, part)
+        if self.window.start == 0:
+            rates.append({float(group["lr"]) for group in optimizer.param_groups})
+        return loss
+
+    whole = Trainer.step
+    monkeypatch.setattr(Trainer, "step", step)
+    result = run.compress(recipe(heal="all", heal_lr=0.001, warmup=0.2, **WAY), quiet(tmp_path))
+    assert result.healing.lr == 0.001
+    assert sorted(rates[-1]) == pytest.approx([0.001 / 10, 0.01 / 10]), "that of --heal-lr, and ten times as much: --lr"
+    student = student_of(Workspace(recipe(**WAY), quiet(tmp_path)).model, result.plan, *_stand_in(recipe, tmp_path))
+    student.quick = {1: 10.0}
+    (slow, others), (quick, own) = student.paces()
+    assert (slow, quick) == (1.0, 10.0) and {id(value) for value in own} == {id(v) for v in student[1].parameters()}
+    assert len(others) + len(own) == len(student.trained())
+
+
+def _stand_in(recipe, folder):
+    work = Workspace(recipe(**WAY), quiet(folder))
+    return work.replacement(work.model, [1]), parse_heal("all")

@@ -60,7 +60,8 @@ def test_mistakes_are_one_sentence(text, words):
 
 def test_a_temperature_is_for_kl_alone():
     assert Recipe(model="m", loss="mse:0.5,kl:0.5", temperature=2).temperature == 2
-    assert Recipe(model="m", loss="lm", temperature=1.0).temperature == 1
+    assert Recipe(model="m", loss="lm").temperature is None
+    assert Recipe(model="m", loss="lm", heal="all", temperature=1.5).temperature == 1.5, "healing is by kl"
     with pytest.raises(UserError, match=r"--temperature 2 is for --loss kl, not mse:0.5,lm:0.5; leave it out"):
         Recipe(model="m", loss="mse:0.5,lm:0.5", temperature=2)
     with pytest.raises(UserError, match="--temperature was given 0"):

@@ -220,7 +220,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], str, set[str] | None]] = {
         compress,
         _examples(
             "llm-streamline compress bundled --data bundled -o shorter --remove 25% --tokens 20k",
-            "llm-streamline compress bundled --data bundled -o cut --window 4:7 --replace none",
+            "llm-streamline compress bundled --data bundled -o cut --window 4:7 --replace none --tasks none",
             "llm-streamline compress bundled --data bundled --remove 3 --dry-run --json",
         ),
         {"beside"},
@@ -228,7 +228,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], str, set[str] | None]] = {
     "sweep": (
         sweep,
         _examples(
-            "llm-streamline sweep bundled --data bundled --remove 10%,25%,40% --dry-run",
+            "llm-streamline sweep bundled --data bundled --remove 10%,40% --preset paper --dry-run",
             "llm-streamline sweep bundled --data bundled --remove 2,4 --replace none --tasks none -o sweep --json",
         ),
         NOT_SWEEP,

@@ -17,12 +17,12 @@ from llm_streamline.replacement import ReplacementLayers
 from llm_streamline.snapshot import Snapshot
 from llm_streamline.student import Student, check_installed, split, student_of
 from llm_streamline.tracking import tracking
-from llm_streamline.train import Settings, Trainer
+from llm_streamline.train import Settings, Trainer, rates
 from llm_streamline.training import announce, keep, lessons, load_replacement, trained_before
 from llm_streamline.workspace import RunFolder, Workspace
 
 HEALED = "healed"
-GENTLER = 0.15  # of the learning rate: whole layers of a trained model bear less than one that stands in for others
+GENTLER = 0.05  # of the learning rate: whole layers of a trained model bear less than one that stands in for others
 SNAPSHOT = "healing.safetensors"
 
 
@@ -49,6 +49,7 @@ def heal(work: Workspace, plan: LayerPlan, folder: RunFolder) -> Fit | None:
     student = world.attempt(lambda: _student(work, plan, folder, wanted).to(work.device))
     student.load_state_dict(world.led(student.state_dict))
     settings = world.led(lambda: _settings(work, training, wanted).continued(snapshot))
+    student.quick = stand_ins_pace(work, plan, settings)
     announce(f"healing ({wanted})", training, settings, work.runtime.quiet)
     whole = Window(start=0, stop=plan.num_layers)
     with tracking(work) as track:
@@ -59,6 +60,12 @@ def heal(work: Workspace, plan: LayerPlan, folder: RunFolder) -> Fit | None:
         keep(student.state_dict(), fit, folder.file(HEALED), "Healing the rest")
         snapshot.remove()
     return fit
+
+
+def stand_ins_pace(work: Workspace, plan: LayerPlan, settings: Settings) -> dict[int, float]:
+    """Of the shortened model's layers those that stand in, which go on to train at the rate they began with."""
+    own = rates(work.recipe, work.config.hidden_size, settings.optimizer)[0]
+    return {new: own / settings.lr for new, source in enumerate(plan.sources()) if source in plan.replaced()}
 
 
 def _student(work: Workspace, plan: LayerPlan, folder: RunFolder, wanted: Heal) -> Student:

@@ -31,8 +31,23 @@ def default_rate(optimizer: str, width: int) -> float:
     return min(highest, rate * 256 / width)
 
 
-def make_optimizer(name: str, weights: Sequence[nn.Parameter], lr: float, decay: float) -> torch.optim.Optimizer:
-    """`muon` or `adamw` over the weights, in their order; steps of the two are of one size at one learning rate."""
+Paces = Sequence[tuple[float, Sequence[nn.Parameter]]]  # weights, beside how many times the learning rate they take
+
+
+def make_optimizer(name: str, paces: Paces, lr: float, decay: float) -> torch.optim.Optimizer:
+    """`muon` or `adamw` over the weights; steps of the two are of one size at one learning rate.
+
+    Each group has a 'pace', by which whoever sets its learning rate is to multiply it.
+    """
+    parts = []
+    for pace, weights in paces:
+        parts.append(_of_one_pace(name, weights, pace * lr, decay))
+        for group in parts[-1].param_groups:
+            group["pace"] = pace
+    return Several(parts) if len(parts) > 1 else parts[0]
+
+
+def _of_one_pace(name: str, weights: Sequence[nn.Parameter], lr: float, decay: float) -> torch.optim.Optimizer:
     matrices = [weight for weight in weights if weight.ndim == 2]
     if name == ADAMW or not matrices:
         return torch.optim.AdamW(weights, lr=lr, weight_decay=decay, fused=True)

@@ -42,7 +42,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # enough on a few sentences; here it is one window
     "laco": {**DELETED, "replace": "merged"},
     # ReplaceMe, arXiv 2505.02819: least squares, folded. Its form for a cosine objective is not here
-    "replaceme": {**DELETED, "replace": "linear", "loss": "mse"},
+    "replaceme": {**DELETED, "replace": "linear", "loss": "mse", "protect_first": 1},
     # LinearPatch, NeurIPS 2025, without its training of the patch. Theirs lies between two layers, ours is in one's
     # place; the rotation for a width that is no power of two is ours
     "linearpatch": {**DELETED, "replace": "linear:patch"},

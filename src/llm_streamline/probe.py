@@ -46,7 +46,7 @@ def probe(config: PretrainedConfig, sizes: Sizes, dtype: torch.dtype, device: st
         passage = run_window(model, window, ids[: sizes.batch])
         replacement = build_replacement(model, [0], "random", 0, recipe.replace).to(device)
         name = optimizer_for(recipe, sizes.training // sizes.block)
-        optimizer = make_optimizer(name, replacement.trained(), lr=1e-3, decay=0.0)
+        optimizer = make_optimizer(name, replacement.paces(), lr=1e-3, decay=0.0)
 
         def step() -> None:
             prediction = replacement.run(passage.entering.float(), passage.calls)

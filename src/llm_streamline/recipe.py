@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
@@ -11,16 +10,12 @@ from llm_streamline.heal import check_heal, parse_heal
 from llm_streamline.objective import LOSS, STATES_ONLY, Objective, check_loss, parse_objective
 from llm_streamline.presets import PRESETS
 from llm_streamline.quantities import Count, Fraction
+from llm_streamline.replace import ONE_OF_ITS_OWN, check_replace
 from llm_streamline.runtime import Runtime as Runtime
 from llm_streamline.schema import Schema, as_several, as_text
 from llm_streamline.windows import Window, parse_windows
 
-
-def check_replace(value: str) -> str:
-    """Errors: ValueError for what is no replacement."""
-    if not re.fullmatch(r"none|mlp|merged|layer(:[1-9]\d*)?|(ffn|swiglu)(:residual)?|linear(:free|:patch)?", value):
-        raise ValueError("there is no such replacement")
-    return value
+TEMPERATURE = 2.0  # as measured (docs/decisions/0012-start-and-temperature.md)
 
 
 class Recipe(Schema):
@@ -91,10 +86,11 @@ class Recipe(Schema):
         "also as ffn:residual or swiglu:residual; linear (a map in closed form, folded into the MLP below the window), "
         "linear:free (one in a layer's place) or linear:patch (there, one that only scales the state's channels).",
     )
-    init: Literal["inherited", "random"] | None = Field(
+    init: Literal["best", "inherited", "random"] | None = Field(
         None,
-        description="Start of the replacement: inherited from the first pruned layers, or random. "
-        "[default: inherited for layer and mlp, random for ffn and swiglu]",
+        description="Start of the replacement: the best of the pruned layers, that by which alone in their place the "
+        "loss rises least; inherited from the first ones; or random. [default: best for layer and mlp, inherited for "
+        "more than one layer or where the model does not fit in memory, random for ffn and swiglu]",
     )
     custom_code: bool = Field(
         False,
@@ -109,7 +105,9 @@ class Recipe(Schema):
         "itself); or several by share of the training tokens, mse:0.6,kl:0.4, of which the last is what is validated. "
         f"[default: {LOSS}; {STATES_ONLY} where layers above the window would be read from the disk]",
     )
-    temperature: float = Field(1.0, gt=0, description="With --loss kl: what logits are divided by before softmax.")
+    temperature: float | None = Field(
+        None, gt=0, description="With a loss of kl: what logits are divided by before softmax. [default: 2]"
+    )
     tokens: Count | None = Field(
         None, description="Training tokens, e.g. 250k. [default: 1M, or what the text gives if that is less]"
     )
@@ -128,7 +126,7 @@ class Recipe(Schema):
         "either side of the cut, whole), or all.",
     )
     heal_share: float = Field(
-        0.7, gt=0, lt=1, description="With --heal: its share of the training tokens; all where nothing else trains."
+        0.9, gt=0, lt=1, description="With --heal: its share of the training tokens; all where nothing else trains."
     )
     heal_loss: Annotated[str, AfterValidator(check_loss)] = Field(
         "kl", description="With --heal: its loss, as --loss takes it, of the states after the last layer or the logits."
@@ -136,7 +134,8 @@ class Recipe(Schema):
     heal_lr: float | None = Field(
         None,
         gt=0,
-        description="With --heal: its peak learning rate. [default: that of training; for whole layers 0.15 of it]",
+        description="With --heal: the peak learning rate of the layers that stay; what stands in for others keeps its "
+        "own. [default: that of training; for whole layers 0.05 of it]",
     )
     block: Count | None = Field(
         None, gt=1, description="Tokens per sequence. [default: the model's context, 2048 at most]"
@@ -228,8 +227,18 @@ class Recipe(Schema):
 
     @model_validator(mode="after")
     def _temperature_used(self) -> Recipe:
-        if self.temperature != 1 and all(part.kind != "kl" for part in self.objective.parts):
+        parts = [*self.objective.parts, *(parse_objective(self.heal_loss).parts if self.heals else ())]
+        if self.temperature is not None and all(part.kind != "kl" for part in parts):
             raise ValueError(f"--temperature {self.temperature:g} is for --loss kl, not {self.loss_used}; leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _best_of_layers(self) -> Recipe:
+        if self.init == "best" and self.replace not in ONE_OF_ITS_OWN:
+            raise ValueError(
+                f"--init best is for one layer of the model's own, and --replace is {self.replace}; use --init "
+                "inherited or random, or --replace layer or mlp"
+            )
         return self
 
     @model_validator(mode="after")
@@ -307,8 +316,10 @@ class Recipe(Schema):
 
     @property
     def start(self) -> str:
-        """How the replacement's weights begin: 'inherited' or 'random'."""
-        return self.init or ("random" if self.network else "inherited")
+        """How the replacement's weights begin: 'best', 'inherited' or 'random'."""
+        if self.init is not None:
+            return self.init
+        return "random" if self.network else "best" if self.replace in ONE_OF_ITS_OWN else "inherited"
 
     @property
     def given(self) -> list[Window]:

@@ -86,6 +86,7 @@ class LayerPlan(Record):
     heal: str = "none"  # what else trains
     dropped: list[int] = []  # layers that go besides the windows, with nothing in their place
     others: list[Window] = []  # further windows, in the order of their choice; as many layers stand in for each
+    starts: list[int] = []  # the layers whose weights the stand-ins begin with, from the bottom up; else their places'
 
     @property
     def windows(self) -> list[Window]:

@@ -50,25 +50,43 @@ class ReplacementLayers(nn.ModuleList):
     def trained(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
+    def paces(self) -> list[tuple[float, list[nn.Parameter]]]:
+        """What trains, beside how many times the learning rate it trains with."""
+        return [(1.0, self.trained())]
+
 
 def build_replacement(
-    model: PreTrainedModel, places: Sequence[int], init: str, seed: int, replace: str = "layer"
+    model: PreTrainedModel,
+    places: Sequence[int],
+    init: str,
+    seed: int,
+    replace: str = "layer",
+    starts: Sequence[int] | None = None,
 ) -> ReplacementLayers:
     """Float32 stand-ins for the given places of `model`, on the CPU, ready to be trained. Dropout stays off.
 
-    Args: places: the source layers whose places are taken. init: 'inherited' (from the layers there) or 'random'.
+    Args: places: the source layers whose places are taken. init: 'random', or else the weights of the layers there.
+    starts: the layers whose weights are taken instead, one per place.
     Errors: UserError where the family's layers cannot give what is asked.
     """
     if network_spec(replace, model.config):
         layers = _networks(model, places, init, seed, replace)
     else:
         layers = ReplacementLayers(copied(layers_of(model)[place]) for place in places).float()
+        for layer, start in zip(layers, starts or (), strict=bool(starts)):
+            layer.load_state_dict(copied(layers_of(model)[start]).state_dict())
         if init == "random":
             _randomize(layers, model, seed)
     layers.eval().requires_grad_(True)
     if replace == "mlp":
         _silence_attention(layers, model.config)
     return layers
+
+
+def fits(model: PreTrainedModel, layer: int, place: int) -> bool:
+    """Whether the weights of one layer have the names and shapes of another's, in whose place they could be."""
+    shapes = ({key: value.shape for key, value in layers_of(model)[one].state_dict().items()} for one in (layer, place))
+    return next(shapes) == next(shapes)
 
 
 def copied(layer: nn.Module) -> nn.Module:

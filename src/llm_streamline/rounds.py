@@ -7,6 +7,7 @@ from functools import partial
 from llm_streamline.progress import say
 from llm_streamline.records import LayerPlan, Similarity
 from llm_streamline.selection import decide, more
+from llm_streamline.starts import with_starts
 from llm_streamline.training import load_replacement, plan_of, train_replacement
 from llm_streamline.windows import split_evenly
 from llm_streamline.workspace import RunFolder, Workspace
@@ -18,9 +19,10 @@ def settle(work: Workspace, similarity: Similarity, folder: RunFolder) -> LayerP
     Errors: as those of choosing and of training. What a stopped run has done of it is not repeated.
     """
     recipe = work.recipe
+    first = lambda: with_starts(work, decide(work, similarity, folder))  # noqa: E731
     if recipe.rounds == 1:
-        return decide(work, similarity, folder)
-    plan = folder.stage(plan_of(1), LayerPlan, partial(decide, work, similarity, folder))
+        return first()
+    plan = folder.stage(plan_of(1), LayerPlan, first)
     for turn, count in enumerate(split_evenly(recipe.count, recipe.rounds)[1:], start=1):
         say(f"round {turn} of {recipe.rounds}: {plan}", work.runtime.quiet)
         train_replacement(work, plan, folder, turn)
@@ -38,4 +40,4 @@ def _next(
     replacement = work.world.attempt(make)
     replacement.load_state_dict(work.world.led(replacement.state_dict))
     replacement.to(work.device, work.compute_dtype)  # as the saved model would be computed with
-    return more(work, similarity, count, plan, list(replacement.requires_grad_(False)))
+    return with_starts(work, more(work, similarity, count, plan, list(replacement.requires_grad_(False))))

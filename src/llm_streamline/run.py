@@ -134,6 +134,9 @@ def describe(plan: LayerPlan) -> str:
     fewer = 1 - plan.parameters_after / plan.parameters_before
     counts = f"parameters {plan.parameters_before:,} -> {plan.parameters_after:,} ({fewer:.1%} fewer)"
     lines = [f"{plan}: {plan.why}", counts]
+    if plan.starts:
+        begins = " and ".join(f"layer {start}" for start in plan.starts)
+        lines.append(f"what stands in begins as {begins}, with which alone in its window's place the loss is least")
     if plan.replace == "mlp":
         lines.append("the mlp's attention is silent but stays: on disk, in compute and in the KV cache it is a layer")
     if plan.heal != "none":

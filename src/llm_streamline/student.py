@@ -37,12 +37,21 @@ class Student(ReplacementLayers):
     def __init__(self, layers: Sequence[nn.Module], places: Sequence[int]) -> None:
         super().__init__(layers)
         self._places = list(places)
+        self.quick: dict[int, float] = {}  # of layers in the row, how many times the learning rate they train with
 
     def run(self, hidden: Tensor, calls: Sequence[LayerCall]) -> Tensor:
         """A state (B, T, D) at the lower boundary -> at the upper; `calls` are of the dense model's layers between."""
         for layer, place in zip(self, self._places, strict=True):
             hidden = calls[place].replay(layer, hidden)
         return hidden
+
+    def paces(self) -> list[tuple[float, list[nn.Parameter]]]:
+        found: dict[float, list[nn.Parameter]] = {}
+        for new, layer in enumerate(self):
+            own = [value for value in layer.parameters() if value.requires_grad]
+            if own:
+                found.setdefault(self.quick.get(new, 1.0), []).extend(own)
+        return list(found.items())
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
         return {name: value for name, value in self.named_parameters() if value.requires_grad}

@@ -31,7 +31,7 @@ from llm_streamline.optimizers import ADAMW, default_rate, make_optimizer, optim
 from llm_streamline.parallel import ALONE, World, sum_gradients
 from llm_streamline.passages import Passages, passages_of
 from llm_streamline.progress import Advance, progress, say
-from llm_streamline.recipe import Recipe
+from llm_streamline.recipe import TEMPERATURE, Recipe
 from llm_streamline.records import Fit, Window
 from llm_streamline.replacement import ReplacementLayers
 from llm_streamline.snapshot import Snapshot
@@ -69,7 +69,7 @@ class Settings:
             warmup=recipe.warmup,
             clip=recipe.clip,
             autocast=autocast,
-            temperature=recipe.temperature,
+            temperature=recipe.temperature or TEMPERATURE,
             optimizer=optimizer,
         )
 
@@ -165,7 +165,7 @@ class Trainer:
         total = self._add_up(total)
         nn.utils.clip_grad_norm_(self.replacement.trained(), self.settings.clip)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["pace"]
         optimizer.step()
         optimizer.zero_grad()
         return total
@@ -195,7 +195,7 @@ class Trainer:
 
     def optimizer(self) -> torch.optim.Optimizer:
         settings = self.settings
-        return make_optimizer(settings.optimizer, self.replacement.trained(), settings.lr, settings.weight_decay)
+        return make_optimizer(settings.optimizer, self.replacement.paces(), settings.lr, settings.weight_decay)
 
     def fit(self, training: Tensor, validation: Tensor) -> Fit:
         """Train on (N, T) token ids in the order given and leave the best weights in the replacement.

@@ -86,7 +86,7 @@ def untrained(work: Workspace, plan: LayerPlan, folder: RunFolder, turn: int) ->
 
     Only the first process has these; it hands them on.
     """
-    replacement = work.replacement(work.model, plan.replaced())
+    replacement = work.replacement(work.model, plan.replaced(), plan.starts)
     if turn > 1 and work.world.first:
         own = dict(zip(plan.replaced(), list(replacement), strict=True))
         before = LayerPlan.read(folder.path / plan_of(turn - 1))

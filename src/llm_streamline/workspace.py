@@ -189,9 +189,11 @@ class Workspace:
         if refusal:
             raise refusal
 
-    def replacement(self, model: PreTrainedModel, places: Sequence[int]) -> ReplacementLayers:
+    def replacement(
+        self, model: PreTrainedModel, places: Sequence[int], starts: Sequence[int] | None = None
+    ) -> ReplacementLayers:
         """What the recipe puts into those places, untrained. Errors: UserError where the family cannot give it."""
-        return build_replacement(model, places, self.recipe.start, self.recipe.seed, self.recipe.replace)
+        return build_replacement(model, places, self.recipe.start, self.recipe.seed, self.recipe.replace, starts)
 
     @cached_property
     def device(self) -> str:

@@ -1,0 +1,14 @@
+"""What --replace takes. Nothing here needs torch, so that a recipe can be read without it."""
+
+from __future__ import annotations
+
+import re
+
+ONE_OF_ITS_OWN = ("layer", "layer:1", "mlp")  # one layer of the model's own kind, which trains
+
+
+def check_replace(value: str) -> str:
+    """Errors: ValueError for what is no replacement."""
+    if not re.fullmatch(r"none|mlp|merged|layer(:[1-9]\d*)?|(ffn|swiglu)(:residual)?|linear(:free|:patch)?", value):
+        raise ValueError("there is no such replacement")
+    return value

@@ -1,0 +1,52 @@
+"""Which of a window's layers its replacement begins as: the one that, alone in the window's place, costs least."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from llm_streamline.forward import substituted
+from llm_streamline.memory import FORWARD_TOKENS
+from llm_streamline.progress import say
+from llm_streamline.records import LayerPlan, Window
+from llm_streamline.replacement import fits
+from llm_streamline.scoring.perplexity import next_token_loss
+from llm_streamline.workspace import Workspace
+
+BEST = "best"
+
+
+def with_starts(work: Workspace, plan: LayerPlan) -> LayerPlan:
+    """The plan, with the layer that each stand-in takes its first weights from. All processes take part."""
+    if work.recipe.start != BEST:
+        return plan
+    if work.recipe.init is None and work.offloads:
+        why = "as the model does not fit in memory; --init best looks for the best one anyway"
+        say(f"the replacement begins as its window's first layer, {why}", work.runtime.quiet)
+        return plan
+    starts = [best_start(work, window) for window in plan.windows]
+    return plan.model_copy(update={"starts": starts})
+
+
+def best_start(work: Workspace, window: Window) -> int:
+    """The layer of `window` with which alone in its first place the loss on the calibration text is least.
+
+    Only layers whose weights have the shapes of the first one's can begin there.
+    """
+    model = work.world.attempt(lambda: work.model)
+    able = [layer for layer in window.layers() if fits(model, layer, window.start)]
+    losses = [_loss(work, window, list(work.replacement(model, [window.start], [layer]))) for layer in able]
+    return work.world.led(lambda: min(zip(losses, able, strict=True))[1])
+
+
+def _loss(work: Workspace, window: Window, stand_in: list[nn.Module]) -> float:
+    """Summed over the calibration text; of all processes, each with its own share."""
+    blocks = work.world.share(work.parts.calibration)
+    for layer in stand_in:
+        layer.to(work.device, work.compute_dtype).requires_grad_(False)
+    total = torch.zeros((), dtype=torch.float64)
+    if len(blocks):
+        with substituted(work.model, window, stand_in):
+            found = next_token_loss(work.model, blocks, work.batch(FORWARD_TOKENS // 2), f"a start for {window}", True)
+        total += found.nats * found.tokens
+    return float(work.world.sum_(total))
