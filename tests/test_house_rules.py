@@ -21,6 +21,7 @@ CONDUCTORS = {
     "run",
     "rounds",
     "selection",
+    "starts",
     "training",
     "healing",
     "preview",
@@ -106,7 +107,13 @@ def test_every_module_has_its_tests():
         "quantities": "recipe",
         "schema": "recipe",
     }
-    elsewhere |= {"presets": "recipe", "recipe_file": "recipe", "sizes": "estimate", "answers": "stability"}
+    elsewhere |= {
+        "presets": "recipe",
+        "replace": "recipe",
+        "recipe_file": "recipe",
+        "sizes": "estimate",
+        "answers": "stability",
+    }
     elsewhere |= {"training": "run", "tracking": "run", "losses": "objective", "folding": "linear", "heal": "student"}
     elsewhere |= {"sweep_figure": "sweep", "charts": "page", "verdict": "page", "record": "choose", "runtime": "recipe"}
     elsewhere |= {"workspace": "run", "checkpoint": "cli", "records": "choose", "errors": "cli"}
