@@ -115,7 +115,14 @@ def test_every_module_has_its_tests():
         "answers": "stability",
     }
     elsewhere |= {"training": "run", "tracking": "run", "losses": "objective", "folding": "linear", "heal": "student"}
-    elsewhere |= {"sweep_figure": "sweep", "charts": "page", "verdict": "page", "record": "choose", "runtime": "recipe"}
+    elsewhere |= {
+        "packing": "text",
+        "sweep_figure": "sweep",
+        "charts": "page",
+        "verdict": "page",
+        "record": "choose",
+        "runtime": "recipe",
+    }
     elsewhere |= {"workspace": "run", "checkpoint": "cli", "records": "choose", "errors": "cli"}
     elsewhere |= {
         "evaluation": "evaluate",

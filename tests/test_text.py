@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from itertools import pairwise
 
 import pyarrow
@@ -61,11 +62,41 @@ def test_one_long_document_serves_all_parts_with_a_gap_between(tmp_path):
     parts = read(tiny.write_jsonl(tmp_path / "t.jsonl", [words]), tokens=2000)
     tokenizer = tiny.make_tokenizer()
     found = [
-        set(tokenizer.decode(part.flatten()).split()[1:-1])
+        {word for word in tokenizer.decode(part.flatten()).replace("</s>", " ").split() if len(word) == 5}
         for part in (parts.validation, parts.calibration, parts.training)
     ]
     for first, second in pairwise(found):
         assert int(min(second)) - int(max(first)) > BLOCK // len("00000 ")
+
+
+def owners(part: torch.Tensor, letters: str) -> Counter[str]:
+    """How many characters of documents that are one letter over and over are in a part."""
+    counts = Counter(tiny.make_tokenizer().decode(part.flatten()))
+    return Counter({letter: counts[letter] for letter in letters if counts[letter]})
+
+
+def test_a_book_is_not_all_that_is_read(tmp_path):
+    documents = ["a " * 20_000, "b " * 20_000, *(f"c {n} " + "d " * 20 for n in range(3000))]
+    file = tiny.write_jsonl(tmp_path / "t.jsonl", documents)
+    for seed in range(3):
+        parts = read(file, tokens=64 * 4 * BLOCK, seed=seed)
+        for part, most in ((parts.training, 4), (parts.calibration, 2), (parts.validation, 2)):
+            found = owners(part, "abd")
+            assert found["d"] > 0.5 * part.numel() / 2 and max(found["a"], found["b"]) <= most * BLOCK
+
+
+def test_where_there_are_but_books_they_are_read_in_turns(tmp_path):
+    file = tiny.write_jsonl(tmp_path / "t.jsonl", [f"{letter} " * 3000 for letter in "abcd"])
+    parts = read(file, tokens=64 * BLOCK)
+    found = owners(parts.training, "abcd")
+    assert len(found) == 4 and max(found.values()) < 1.5 * min(found.values())
+    whole = read(file, tokens=None)
+    every = sum(part.numel() for part in (whole.training, whole.calibration, whole.validation))
+    assert every > 0.95 * sum(map(len, _ids(file))), "but for a block between parts nothing is lost"
+
+
+def _ids(file) -> list[list[int]]:
+    return [tiny.make_tokenizer().encode(json.loads(line)["text"]) for line in file.read_text().splitlines()]
 
 
 def test_a_hub_data_set_is_streamed(tmp_path):

@@ -1,9 +1,9 @@
 """Text -> blocks of token ids: three disjoint, seeded parts for calibration, training and validation.
 
 Every domain is packed for itself, to a quota of blocks in each part, so that shares hold by tokens whatever the
-documents' lengths; text without weights or a mixture is one domain. Documents are dealt to the parts whole, so that no
-part has read another's text; only what is left of one that is longer than a part goes to the next, after a gap of a
-block. Within a part documents follow one another, ended by the tokenizer's end token, and are cut into full blocks.
+documents' lengths; text without weights or a mixture is one domain. Documents are dealt to the parts, each of which
+takes but a little of a long one until there is no other text (`packing.py`). Within a part documents follow one
+another, ended by the tokenizer's end token, and are cut into full blocks.
 Nothing is padded. A .txt is one long text: it is dealt in pieces.
 """
 
@@ -23,6 +23,7 @@ from torch import Tensor
 from llm_streamline.errors import UserError
 from llm_streamline.files import sha256
 from llm_streamline.mixture import Quotas, Share, draw_shares, left_out, none_occurs, parse_mixture, share_out, shortage
+from llm_streamline.packing import Packer
 from llm_streamline.progress import Advance, progress, say
 from llm_streamline.readers import Document, Schema
 from llm_streamline.recipe import Recipe
@@ -154,49 +155,6 @@ def _tokenized(documents: Iterable[Document], tokenizer: Any) -> Iterator[np.nda
             yield np.asarray(ids if end is None or ended else [*ids, end], dtype=np.int32)
 
 
-class _Packer:
-    """Cuts one domain's documents into full blocks, one part after the other, until each has its quota."""
-
-    def __init__(self, block: int, quota: Mapping[str, int]) -> None:
-        self._block, self._quota = block, quota
-        self._pieces: dict[str, list[np.ndarray]] = {part: [] for part in quota}
-        self._open = [(part, blocks * block) for part, blocks in quota.items() if blocks]
-
-    @property
-    def full(self) -> bool:
-        return not self._open
-
-    def add(self, ids: np.ndarray) -> int:
-        """Take what the open parts need of a document; how many tokens those are."""
-        taken = 0
-        while self._open:
-            part, room = self._open[0]
-            piece = ids[:room]
-            self._pieces[part].append(piece)
-            taken += len(piece)
-            if len(piece) < room:
-                self._open[0] = (part, room - len(piece))
-                break
-            del self._open[0]
-            ids = ids[room + self._block :]
-            if len(ids) < self._block:
-                break
-        return taken
-
-    def blocks(self, part: str) -> np.ndarray:
-        """(N, block): the full blocks of a part."""
-        flat = np.concatenate([np.empty(0, dtype=np.int32), *self._pieces[part]])
-        return flat[: len(flat) // self._block * self._block].reshape(-1, self._block)
-
-    def documents(self, part: str) -> int:
-        return len(self._pieces[part])
-
-    @property
-    def total(self) -> int:
-        """Full blocks in all parts."""
-        return sum(sum(map(len, pieces)) // self._block for pieces in self._pieces.values())
-
-
 class _Reading:
     """Passes over the pools that read no further than the quotas need, and skip the domains that have theirs."""
 
@@ -224,7 +182,7 @@ class _Reading:
         whole = sum(self._weights.values())
         return min(sum(map(len, ids)) * whole / self._weights[name] for name, ids in self.held.items())
 
-    def fill(self, sizes: Mapping[str, int]) -> dict[str, _Packer]:
+    def fill(self, sizes: Mapping[str, int]) -> dict[str, Packer]:
         """A packer per domain. What one cannot supply goes to the others, which then are read again from the start."""
         caps: dict[str, int] = {}
         self.short.clear()
@@ -242,7 +200,7 @@ class _Reading:
                 caps[name] = min(packer.total, caps.get(name, asked) - 1)
                 self.short[name] = (self.short.get(name, (asked, 0))[0], caps[name])
 
-    def shares(self, packers: Mapping[str, _Packer], part: str) -> dict[str, Share]:
+    def shares(self, packers: Mapping[str, Packer], part: str) -> dict[str, Share]:
         """What each domain was to give to a part, and gave."""
         weight, blocks = sum(self._weights.values()), {name: len(one.blocks(part)) for name, one in packers.items()}
         whole = max(1, sum(blocks.values()))
@@ -256,15 +214,17 @@ class _Reading:
             for name, count in blocks.items()
         }
 
-    def _packed(self, name: str, quotas: Quotas) -> _Packer:
-        packer = _Packer(self._block, quotas[name])
+    def _packed(self, name: str, quotas: Quotas) -> Packer:
+        packer = Packer(self._block, quotas[name])
         for ids in self.held[name]:
             packer.add(ids)
+        if name in self._ended:
+            packer.add_rests()
         return packer
 
     def _read(self, quotas: Quotas) -> None:
         """One pass from the start: hold each domain's documents until its quotas are full or the text ends."""
-        packers = {name: _Packer(self._block, quota) for name, quota in quotas.items()}
+        packers = {name: Packer(self._block, quota) for name, quota in quotas.items()}
         self.held, self._ended, seen = {name: [] for name in packers}, set(), set[bytes]()
         self.others.clear()
         total = sum(sum(quota.values()) for quota in quotas.values()) * self._block
@@ -273,7 +233,7 @@ class _Reading:
                 own = [name for name in packers if pool.schema.domain or name == pool.name]
                 self._read_pool(pool, {name: packers[name] for name in own}, seen, advance)
 
-    def _read_pool(self, pool: Pool, packers: dict[str, _Packer], seen: set[bytes], advance: Advance) -> None:
+    def _read_pool(self, pool: Pool, packers: dict[str, Packer], seen: set[bytes], advance: Advance) -> None:
         stream, in_vain = iter(pool), 0
         while any(not packer.full for packer in packers.values()):
             batch = list(islice(stream, _AT_ONCE))
@@ -302,7 +262,7 @@ def _interleaved(domains: list[np.ndarray], seed: int) -> Tensor:
     return torch.from_numpy(found)
 
 
-def _tell(reading: _Reading, packers: Mapping[str, _Packer], sizes: Mapping[str, int], quiet: bool) -> dict[str, Share]:
+def _tell(reading: _Reading, packers: Mapping[str, Packer], sizes: Mapping[str, int], quiet: bool) -> dict[str, Share]:
     """Say what was left out and what is missing, and draw the shares of the part that is trained or measured on."""
     for name, (asked, got) in reading.short.items():
         say(shortage(name, asked, got, others=len(reading.short) < len(packers)), quiet)
