@@ -173,6 +173,7 @@ def test_a_model_that_does_not_fit_gives_the_same_model(name, dtype, tmp_path, c
         batch=2,
         select="cosine",
         loss="nmse",
+        init="inherited",
     )
     results = {}
     for memory in ("16GB", LITTLE):

@@ -30,7 +30,7 @@ def in_this_process(monkeypatch):
 
 
 def test_the_second_round_goes_on_from_the_first(recipe, tmp_path, monkeypatch):
-    way, ranked, trained = recipe(**{**WAY, "protect_first": 0}), [], []
+    way, ranked, trained = recipe(**{**WAY, "protect_first": 0, "select": "kl", "init": "inherited"}), [], []
     real, fit = selection.rank, Trainer.fit
 
     def noted(model, blocks, *rest):

@@ -203,7 +203,7 @@ def test_a_healed_student_comes_apart_into_what_it_was_made_of(heal):
 
 
 def test_windows_are_ranked_on_the_model_without_those_before(recipe, tmp_path, monkeypatch):
-    work = Workspace(recipe(remove="2", windows=2, protect_first=0, protect_last=0, select="loss"), quiet(tmp_path))
+    work = Workspace(recipe(remove="2", windows=2, protect_first=0, protect_last=0, select="kl"), quiet(tmp_path))
     measured = analyze(work.model, work.parts.calibration, batch=4, quiet=True)
     real, asked = selection.rank, []
 
@@ -219,7 +219,7 @@ def test_windows_are_ranked_on_the_model_without_those_before(recipe, tmp_path, 
     assert plan.window == first[2] and plan.others == [second[2]]
     assert second[2].apart([first[2]]) and all(one.apart([first[2]]) for one in second[0])
     with substituted(work.model, first[2]):
-        again = rank(work.model, blocks, 4, second[0], "loss", quiet=True)
+        again = rank(work.model, blocks, 4, second[0], "kl", quiet=True)
     assert again.winner.window == second[2] and second[1] == pytest.approx(again.dense.value) != first[1]
     assert preview.plan_only(work.recipe, quiet(tmp_path)) == plan
 
@@ -231,8 +231,8 @@ def test_compress_with_two_windows(recipe, llama_folder, tmp_path):
     work = Workspace(recipe(**TWO, seed=1), quiet(tmp_path))
     blocks, saved_model = work.parts.validation.long(), AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     with torch.no_grad():  # what was trained is what was saved
-        dense, found = (one(blocks).logits.double().log_softmax(-1) for one in (work.model, saved_model))
-    kl = float((dense.exp() * (dense - found)).sum(-1).mean())
+        dense, found = (one(blocks).logits.double().div(2).log_softmax(-1) for one in (work.model, saved_model))
+    kl = float((dense.exp() * (dense - found)).sum(-1).mean()) * 2**2
     assert result.fit.measure == "kl" and result.fit.validation_best == pytest.approx(kl, rel=1e-3)
     source, saved = load_file(llama_folder / "model.safetensors"), weights(tmp_path)
     names = {new: old for new, old in enumerate(plan.layer_map()) if isinstance(old, int)}

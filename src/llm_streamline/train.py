@@ -165,7 +165,7 @@ class Trainer:
         total = self._add_up(total)
         nn.utils.clip_grad_norm_(self.replacement.trained(), self.settings.clip)
         for group in optimizer.param_groups:
-            group["lr"] = lr * group["pace"]
+            group["lr"] = lr * group.get("pace", 1.0)
         optimizer.step()
         optimizer.zero_grad()
         return total
