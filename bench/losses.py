@@ -37,7 +37,9 @@ def rows(options: argparse.Namespace, seed: int, done: set[tuple[Any, ...]]) -> 
     for loss in options.losses:
         if (loss, options.lr, seed) in done:
             continue
-        own = {"replace": "none"} if loss == "none" else {"loss": loss, "temperature": options.temperature}
+        own = {"replace": "none"} if loss == "none" else {"loss": loss}
+        if "kl" in loss:
+            own["temperature"] = options.temperature
         work = Workspace(Recipe(**base, **own), runtime)
         for part in ("model", "parts", "tokenizer"):
             work.__dict__[part] = getattr(first, part)
@@ -72,7 +74,7 @@ def main() -> None:
     parser.add_argument("--remove", default="25%")
     parser.add_argument("--losses", nargs="+", default=LOSSES)
     parser.add_argument("--lr", type=float)
-    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--temperature", type=float)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     options = parser.parse_args()
     if options.table:

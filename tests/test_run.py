@@ -47,7 +47,7 @@ def recipe(llama_folder, text_file):
 
 def quiet(folder, **changes) -> Runtime:
     """No chatter, and no questions in the end: those are tested elsewhere."""
-    return Runtime(output=folder, quiet=True, **{"tasks": ("none",), "compute": "float32", **changes})
+    return Runtime(output=folder, **{"quiet": True, "tasks": ("none",), "compute": "float32", **changes})
 
 
 def contents(folder) -> dict[str, bytes]:

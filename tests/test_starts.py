@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from llm_streamline import assemble as assemble_module
-from llm_streamline import oracle, run
+from llm_streamline import oracle, run, selection
 from llm_streamline.errors import UserError
 from llm_streamline.families import layers_of
 from llm_streamline.forward import substituted
 from llm_streamline.records import Window
 from llm_streamline.replacement import build_replacement, fits
-from llm_streamline.starts import best_start
+from llm_streamline.starts import best_start, with_starts
 from llm_streamline.workspace import Workspace
 from tests.test_run import quiet, recipe
 
@@ -67,6 +67,16 @@ def test_the_papers_is_the_first(recipe, tmp_path):
     source = layers_of(work.model)[1].state_dict()
     assert all(torch.equal(value, source[name]) for name, value in first.state_dict().items())
     assert recipe(preset="paper", **WAY).start == "inherited"
+
+
+def test_layers_on_the_disk_are_looked_through_only_where_asked(recipe, tmp_path, monkeypatch, capsys):
+    work = Workspace(recipe(**WAY), quiet(tmp_path))
+    plan = selection.decide(work, run.measure(work))
+    monkeypatch.setattr(Workspace, "offloads", True)
+    monkeypatch.setattr("llm_streamline.starts.best_start", lambda work, window: 3)
+    left, asked = (Workspace(recipe(init=init, **WAY), quiet(tmp_path, quiet=False)) for init in (None, "best"))
+    assert with_starts(left, plan) == plan and "--init best looks for the best one anyway" in capsys.readouterr().err
+    assert with_starts(asked, plan).starts == [3] and not capsys.readouterr().err
 
 
 def test_weights_of_other_shapes_cannot_begin(recipe, tmp_path, monkeypatch):

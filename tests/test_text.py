@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from itertools import pairwise
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet as pq
 import pytest
@@ -12,6 +13,7 @@ from tokenizers.processors import TemplateProcessing
 
 from llm_streamline.checkpoint import check_ids
 from llm_streamline.errors import UserError
+from llm_streamline.packing import Packer
 from llm_streamline.recipe import Recipe
 from llm_streamline.text import block_length, read_parts
 from tests import tiny
@@ -93,6 +95,15 @@ def test_where_there_are_but_books_they_are_read_in_turns(tmp_path):
     whole = read(file, tokens=None)
     every = sum(part.numel() for part in (whole.training, whole.calibration, whole.validation))
     assert every > 0.95 * sum(map(len, _ids(file))), "but for a block between parts nothing is lost"
+
+
+def test_a_document_is_counted_once_in_a_part():
+    packer = Packer(BLOCK, {"validation": 4, "training": 20})
+    for length in (10 * BLOCK, 9 * BLOCK, 8 * BLOCK):
+        packer.add(np.arange(length, dtype=np.int32))
+    packer.add_rests()
+    assert packer.full and [len(packer.blocks(part)) for part in ("validation", "training")] == [4, 20]
+    assert [packer.documents(part) for part in ("validation", "training")] == [2, 3]
 
 
 def _ids(file) -> list[list[int]]:

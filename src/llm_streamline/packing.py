@@ -7,6 +7,7 @@ its beginning, a block between the two is left out. But for that, no part has re
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 
 import numpy as np
@@ -24,6 +25,7 @@ class Packer:
         self._open = [(part, blocks * block) for part, blocks in quota.items() if blocks]
         self._rests: list[tuple[np.ndarray, str]] = []  # of long documents, and the part that has what came before
         self._alone = False  # whether one document is all that is left
+        self._documents: Counter[str] = Counter()
 
     @property
     def full(self) -> bool:
@@ -43,6 +45,7 @@ class Packer:
                     return taken
             piece, ids = _cut(ids, room, self._most(part))
             self._pieces[part].append(piece)
+            self._documents[part] += before != part
             taken, before = taken + len(piece), part
             if len(piece) < room:
                 self._open[0] = (part, room - len(piece))
@@ -71,8 +74,8 @@ class Packer:
         return flat[: len(flat) // self._block * self._block].reshape(-1, self._block)
 
     def documents(self, part: str) -> int:
-        """Of how many documents, or pieces of long ones, a part has text."""
-        return len(self._pieces[part])
+        """Of how many documents a part has text."""
+        return self._documents[part]
 
     @property
     def total(self) -> int:

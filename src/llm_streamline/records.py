@@ -119,7 +119,7 @@ class LayerPlan(Record):
         return self.replace == "none" and self.heal == "none"
 
     def sources(self) -> list[int]:
-        """Per new layer the source layer it takes its weights (or its replacement's start) from."""
+        """Per new layer the source layer it takes its weights from, or whose place its replacement takes."""
         away = {*self.dropped, *(layer for window in self.windows for layer in window.layers()[self.each :])}
         return [layer for layer in range(self.num_layers) if layer not in away]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 from llm_streamline.forward import substituted
 from llm_streamline.memory import FORWARD_TOKENS
@@ -35,18 +34,18 @@ def best_start(work: Workspace, window: Window) -> int:
     """
     model = work.world.attempt(lambda: work.model)
     able = [layer for layer in window.layers() if fits(model, layer, window.start)]
-    losses = [_loss(work, window, list(work.replacement(model, [window.start], [layer]))) for layer in able]
+    losses = [_loss(work, window, layer) for layer in able]
     return work.world.led(lambda: min(zip(losses, able, strict=True))[1])
 
 
-def _loss(work: Workspace, window: Window, stand_in: list[nn.Module]) -> float:
-    """Summed over the calibration text; of all processes, each with its own share."""
-    blocks = work.world.share(work.parts.calibration)
-    for layer in stand_in:
-        layer.to(work.device, work.compute_dtype).requires_grad_(False)
+def _loss(work: Workspace, window: Window, layer: int) -> float:
+    """With the window begun as `layer`, summed over the calibration text; of all processes, each with its own share."""
+    stand_in = work.replacement(work.model, [window.start], [layer]).to(work.device, work.compute_dtype)
+    blocks, batch = work.world.share(work.parts.calibration), work.batch(FORWARD_TOKENS // 2)
     total = torch.zeros((), dtype=torch.float64)
     if len(blocks):
-        with substituted(work.model, window, stand_in):
-            found = next_token_loss(work.model, blocks, work.batch(FORWARD_TOKENS // 2), f"a start for {window}", True)
+        with substituted(work.model, window, list(stand_in)):
+            title = f"layer {layer} in place of {window}"
+            found = next_token_loss(work.model, blocks, batch, title, work.runtime.quiet)
         total += found.nats * found.tokens
     return float(work.world.sum_(total))
