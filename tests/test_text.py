@@ -69,6 +69,10 @@ def test_one_long_document_serves_all_parts_with_a_gap_between(tmp_path):
     ]
     for first, second in pairwise(found):
         assert int(min(second)) - int(max(first)) > BLOCK // len("00000 ")
+    ends = sum(
+        int((part == tokenizer.eos_token_id).sum()) for part in (parts.validation, parts.calibration, parts.training)
+    )
+    assert ends == 1, "after its beginning it is not cut again, as no other document follows"
 
 
 def owners(part: torch.Tensor, letters: str) -> Counter[str]:
