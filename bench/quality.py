@@ -35,6 +35,7 @@ from llm_streamline.records import Fit, runs_of
 from llm_streamline.scoring.perplexity import token_losses
 from llm_streamline.scoring.questions import answers, encode, read_questions
 from llm_streamline.scoring.texts import read_text, windows
+from llm_streamline.workspace import multiplies_bfloat16
 
 DENSE = "dense"
 DOCUMENT_TOKENS = 1024  # of each held-out document, from its beginning
@@ -45,7 +46,7 @@ METHODS: dict[str, dict[str, Any]] = {  # what of a recipe each sets; the tokens
     "paper-random": {"preset": "paper-random"},
     "paper-ffn": {"preset": "paper-ffn", "custom_code": True},
     "healed": {"heal": "all"},
-    **{name: {"preset": name} for name in ("lora", "uidl", "shortgpt", "sleb", "laco", "replaceme")},
+    **{name: {"preset": name} for name in ("lora", "uidl", "last-n-head", "shortgpt", "sleb", "laco", "replaceme")},
     **{name: {"preset": name, "custom_code": True} for name in ("linearpatch", "ghost")},
 }
 
@@ -98,12 +99,15 @@ class Judge:
         self._questions = read_questions(questions) if questions else []
         self._rows = encode(tokenizer, self._questions, context)
 
-    @torch.autocast("cpu", torch.bfloat16)
     def row(self, model: PreTrainedModel) -> dict[str, Any]:
         """Per document the summed loss in nats and the tokens; per question its choices' PPL and what is right.
 
-        Matrix products are in bfloat16, which has moved an excess of 0.2306 nats by 0.00001, and costs a third less.
+        Matrix products are in bfloat16 where those are fast, which has moved an excess of 0.2306 nats by 0.00001.
         """
+        with torch.autocast("cpu", torch.bfloat16, enabled=multiplies_bfloat16("cpu")):
+            return self._row(model)
+
+    def _row(self, model: PreTrainedModel) -> dict[str, Any]:
         losses = token_losses(model, [window.ids for window in self._windows], None, lambda done: None)
         documents: dict[int, list[float]] = {}
         for window, loss in zip(self._windows, losses, strict=True):
@@ -128,6 +132,7 @@ def shortened(values: dict[str, Any], scratch: Path, judge: Judge) -> dict[str, 
     row |= {"window": ",".join(map(str, runs_of(result.plan.gone))), "parameters": result.plan.parameters_after}
     row |= {"trained": max([fit.trained_parameters for fit in fits], default=0), "tokens": sum(f.tokens for f in fits)}
     row |= {"validation": scores.excess(scores.saved), "validation_dense": scores.dense.nats}
+    row |= {"compute": "bfloat16" if multiplies_bfloat16("cpu") else "float32"}
     custom = result.plan.custom_code
     model = AutoModelForCausalLM.from_pretrained(result.model, dtype=torch.float32, trust_remote_code=custom)
     row |= judge.row(model.eval())

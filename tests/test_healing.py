@@ -174,7 +174,7 @@ def test_what_stands_in_keeps_its_rate_and_the_rest_has_its_own(recipe, tmp_path
     assert sorted(rates[-1]) == pytest.approx([0.001 / 10, 0.01 / 10]), "that of --heal-lr, and ten times as much: --lr"
     student = student_of(Workspace(recipe(**WAY), quiet(tmp_path)).model, result.plan, *_stand_in(recipe, tmp_path))
     student.quick = {1: 10.0}
-    (slow, others), (quick, own) = student.paces()
+    (slow, others, _), (quick, own, _) = student.paces()
     assert (slow, quick) == (1.0, 10.0) and {id(value) for value in own} == {id(v) for v in student[1].parameters()}
     assert len(others) + len(own) == len(student.trained())
 

@@ -106,12 +106,14 @@ def test_every_module_has_its_tests():
         "preview": "run",
         "quantities": "recipe",
         "schema": "recipe",
+        "conflicts": "recipe",
     }
     elsewhere |= {
         "presets": "recipe",
         "replace": "recipe",
         "recipe_file": "recipe",
         "sizes": "estimate",
+        "shape": "choose",
         "answers": "stability",
     }
     elsewhere |= {"training": "run", "tracking": "run", "losses": "objective", "folding": "linear", "heal": "student"}

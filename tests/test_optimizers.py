@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from llm_streamline.optimizers import Several, default_rate, make_optimizer, optimizer_for
+from llm_streamline.optimizers import Pace, Several, default_rate, make_optimizer, optimizer_for
 from llm_streamline.recipe import Recipe
 
 
@@ -27,7 +27,7 @@ def stepped(optimizer: torch.optim.Optimizer, own: list[torch.nn.Parameter], ste
 def test_matrices_get_orthogonal_steps_and_all_else_adamws():
     own, plain = weights(), weights()
     before = [weight.detach().clone() for weight in own]
-    stepped(make_optimizer("muon", [(1.0, own)], 0.01, 0.0), own, 1, 1)
+    stepped(make_optimizer("muon", [Pace(1.0, own)], 0.01, 0.0), own, 1, 1)
     stepped(torch.optim.AdamW(plain, lr=0.01, weight_decay=0.0), plain, 1, 1)
     for weight, other, old in zip(own, plain, before, strict=True):
         if weight.ndim == 2:
@@ -42,14 +42,14 @@ def test_matrices_get_orthogonal_steps_and_all_else_adamws():
 
 def test_a_rate_is_for_all_and_adamw_is_as_it_was():
     own = weights()
-    optimizer = make_optimizer("muon", [(1.0, own)], 0.01, 0.0)
+    optimizer = make_optimizer("muon", [Pace(1.0, own)], 0.01, 0.0)
     before = [weight.detach().clone() for weight in own]
     for group in optimizer.param_groups:
         group["lr"] = 0.0
     stepped(optimizer, own, 2, 1)
     assert all(torch.equal(weight, old) for weight, old in zip(own, before, strict=True))
-    assert type(make_optimizer("adamw", [(1.0, own)], 0.01, 0.0)) is torch.optim.AdamW
-    assert type(make_optimizer("muon", [(1.0, own[:1])], 0.01, 0.0)) is torch.optim.AdamW, "no matrix, no Muon"
+    assert type(make_optimizer("adamw", [Pace(1.0, own)], 0.01, 0.0)) is torch.optim.AdamW
+    assert type(make_optimizer("muon", [Pace(1.0, own[:1])], 0.01, 0.0)) is torch.optim.AdamW, "no matrix, no Muon"
 
 
 @pytest.mark.parametrize(
@@ -78,12 +78,12 @@ def test_rates_fall_with_the_width_and_adapters_are_adamws():
 
 def test_its_state_can_be_kept_and_put_back_to_the_bit():
     whole, first, again = weights(), weights(), weights(5)
-    stepped(make_optimizer("muon", [(1.0, whole)], 0.01, 0.1), whole, 3, 1)
-    one = make_optimizer("muon", [(1.0, first)], 0.01, 0.1)
+    stepped(make_optimizer("muon", [Pace(1.0, whole)], 0.01, 0.1), whole, 3, 1)
+    one = make_optimizer("muon", [Pace(1.0, first)], 0.01, 0.1)
     stepped(one, first, 3, 1)
     state = one.state_dict()
     assert isinstance(one, Several) and sorted(state["state"]) == [0, 1, 2, 3]
-    other = make_optimizer("muon", [(1.0, again)], 0.01, 0.1)
+    other = make_optimizer("muon", [Pace(1.0, again)], 0.01, 0.1)
     for weight, source in zip(again, first, strict=True):
         weight.data.copy_(source.data)
     other.load_state_dict({"state": copy.deepcopy(state["state"]), "param_groups": other.state_dict()["param_groups"]})

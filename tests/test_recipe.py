@@ -54,6 +54,7 @@ def test_presets_are_the_papers_settings():
         ("sleb", ("none", "greedy", "none")),
         ("uidl", ("none", "cosine", "lora:64")),
         ("lora", ("none", "cosine", "lora:16")),
+        ("last-n-head", ("none", "last", "last:3+norm+head")),
         ("laco", ("merged", "cosine", "none")),
         ("replaceme", ("linear", "cosine", "none")),
         ("linearpatch", ("linear:patch", "cosine", "none")),

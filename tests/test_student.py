@@ -117,7 +117,7 @@ def test_what_heals_is_said_in_words_that_are_known():
     assert parse_heal("none") is None
     assert parse_heal("lora") == Heal("lora", 16) and parse_heal("lora:8") == Heal("lora", 8)
     assert str(parse_heal("layers")) == "layers:1" and str(parse_heal("all")) == "all"
-    for wrong in ("lora:0", "layers:x", "all:2", "head", ""):
+    for wrong in ("lora:0", "layers:x", "all:2", "heads", ""):
         with pytest.raises(ValueError, match="no way to heal"):
             parse_heal(wrong)
 

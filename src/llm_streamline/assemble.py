@@ -168,7 +168,8 @@ def _moved_weights(parts: Parts, sources: list[int]) -> tuple[dict[str, Tensor],
         number, _, rest = key.removeprefix(prefix).partition(".")
         if key in parts.healed:
             counts["healed"] += 1
-            weights[f"{prefix}{new_numbers[int(number)]}.{rest}"] = value
+            inside = key.startswith(prefix)
+            weights[f"{prefix}{new_numbers[int(number)]}.{rest}" if inside else key] = value
         elif not key.startswith(prefix):
             counts["kept"] += 1
             weights[key] = value

@@ -51,7 +51,7 @@ def pick(
     if ranking:
         return Pick(ranking.winner.window, why_ranked(ranking))
     left = sorted(candidates(shape, recipe, taken), key=similarity.of, reverse=True)
-    return Pick(left[0], _why(similarity, left))
+    return Pick(left[0], _why(similarity, left, recipe))
 
 
 def choose_windows(
@@ -115,10 +115,12 @@ def _plan(similarity: Similarity, shape: ModelShape, recipe: Recipe, choice: Cho
     (window, *others), plain = choice.windows, choice.plain
     after = shape.total - sum(parameters_saved(shape, one, recipe.each) for one in choice.windows)
     after -= sum(shape.layers[layer] for layer in choice.dropped)
+    after += shape.untied
     if after >= shape.total:
         named = ", ".join(map(str, choice.windows))
+        what = f"--replace {recipe.replace}" + (f" with --heal {recipe.heal}" if shape.untied else "")
         raise UserError(
-            f"--replace {recipe.replace} has more parameters than layers {named} it stands for "
+            f"{what} has more parameters than layers {named} it stands for "
             f"({shape.total:,} -> {after:,}); remove more layers, or use another replacement."
         )
     return LayerPlan(
@@ -157,7 +159,8 @@ def candidates(shape: ModelShape, recipe: Recipe, taken: Sequence[Window] = ()) 
         return _given_windows(recipe, shape)
     lengths = split_evenly(net_layers(recipe, shape) + recipe.occupied, recipe.count)
     bounds = Window(start=recipe.protect_first, stop=shape.num_layers - recipe.protect_last)
-    return places_for(bounds, lengths[len(taken) :], taken)
+    places = places_for(bounds, lengths[len(taken) :], taken)
+    return places[-1:] if recipe.select == "last" else places
 
 
 def check_protected(shape: ModelShape, recipe: Recipe) -> None:
@@ -225,7 +228,7 @@ def _layers_for(max_params: int, shape: ModelShape, recipe: Recipe) -> int:
     fewest = shape.total
     for net in range(recipe.count, _most(shape.num_layers, recipe) + 1):
         lengths = split_evenly(net + recipe.occupied, recipe.count)
-        fewest = shape.total - sum(_least_saved(shape, recipe, length) for length in lengths)
+        fewest = shape.total + shape.untied - sum(_least_saved(shape, recipe, length) for length in lengths)
         if fewest <= max_params:
             return net
     raise UserError(
@@ -281,10 +284,12 @@ def _check_given(window: Window, recipe: Recipe, shape: ModelShape) -> None:
         )
 
 
-def _why(similarity: Similarity, ranked: Sequence[Window]) -> str:
+def _why(similarity: Similarity, ranked: Sequence[Window], recipe: Recipe) -> str:
     """The reason for the first of some windows, with its runner-up and whether the two can be told apart."""
     window = ranked[0]
     best = f"cosine {similarity.of(window):.4f} ± {similarity.error_of(window):.4f}"
+    if recipe.select == "last":
+        return f"the highest window of {len(window)} layers below the protected end, as --select last asks ({best})"
     if len(ranked) == 1:
         return f"the only window of {len(window)} layers between the protected ends ({best})"
     second = ranked[1]

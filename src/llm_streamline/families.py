@@ -34,6 +34,7 @@ class Family:
     added: str = "mlp"  # within a layer: the module whose output is what the MLP adds to the stream
     refused: tuple[tuple[str, str], ...] = ()  # options that must be off, and why
     changes: Callable[[Changes], Changes] | None = None  # from the sliced config keys to more of them
+    norm: str = "norm"  # beside the layers: what follows the last of them
 
 
 def _attention_types(sliced: Changes) -> Changes:
@@ -61,7 +62,14 @@ FAMILIES = {
         Family("gemma2", *_SANDWICH, down=(), refused=_BOTH_WAYS),
         Family("gemma3_text", *_SANDWICH, down=(), refused=_BOTH_WAYS),
         Family("phi3", *_PLAIN),
-        Family("phi", "model.layers", "self_attn.dense", ("input_layernorm", "mlp"), down=("mlp.fc2",)),
+        Family(
+            "phi",
+            "model.layers",
+            "self_attn.dense",
+            ("input_layernorm", "mlp"),
+            down=("mlp.fc2",),
+            norm="final_layernorm",
+        ),
         Family(
             "opt",
             "model.decoder.layers",
@@ -69,9 +77,19 @@ FAMILIES = {
             ("self_attn_layer_norm", "fc1", "fc2", "final_layer_norm"),
             down=("fc2",),
             added="fc2",
+            norm="final_layer_norm",
         ),
-        Family("gpt2", "transformer.h", "attn.c_proj", ("ln_2", "mlp"), ("mlp.c_proj",), refused=_GPT2_OPTIONS),
-        Family("gpt_neox", "gpt_neox.layers", "attention.dense", ("post_attention_layernorm", "mlp"), _DENSE_4H),
+        Family(
+            "gpt2", "transformer.h", "attn.c_proj", ("ln_2", "mlp"), ("mlp.c_proj",), refused=_GPT2_OPTIONS, norm="ln_f"
+        ),
+        Family(
+            "gpt_neox",
+            "gpt_neox.layers",
+            "attention.dense",
+            ("post_attention_layernorm", "mlp"),
+            _DENSE_4H,
+            norm="final_layer_norm",
+        ),
         Family(
             "gpt_neo",
             "transformer.h",
@@ -79,6 +97,7 @@ FAMILIES = {
             ("ln_2", "mlp"),
             ("mlp.c_proj",),
             changes=_attention_types,
+            norm="ln_f",
         ),
         Family(
             "bloom",
@@ -87,6 +106,7 @@ FAMILIES = {
             ("input_layernorm", "post_attention_layernorm", "mlp"),
             _DENSE_4H,
             added=_DENSE_4H[0],  # its mlp module returns the sum with the stream
+            norm="ln_f",
         ),
         Family(
             "falcon",
@@ -94,6 +114,7 @@ FAMILIES = {
             "self_attention.dense",
             ("input_layernorm", "ln_mlp", "post_attention_layernorm", "mlp"),
             _DENSE_4H,
+            norm="ln_f",
         ),
         Family("olmo2", "model.layers", "self_attn.o_proj", ("mlp", "post_feedforward_layernorm"), down=()),
         Family("granite", *_PLAIN),
@@ -190,6 +211,14 @@ def layers_of(model: PreTrainedModel) -> nn.ModuleList:
     layers = model.get_submodule(family_of(model.config).layers)
     assert isinstance(layers, nn.ModuleList)
     return layers
+
+
+def final_norm(model: PreTrainedModel) -> nn.Module | None:
+    """What follows the last layer; None where the model is put together without."""
+    family = family_of(model.config)
+    norm = getattr(model.get_submodule(family.layers.rpartition(".")[0]), family.norm)
+    assert norm is None or isinstance(norm, nn.Module)
+    return norm
 
 
 def layers_prefix(config: PretrainedConfig) -> str:

@@ -9,9 +9,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from llm_streamline.above import tied, untie
 from llm_streamline.checkpoint import round_weights
 from llm_streamline.errors import UserError
-from llm_streamline.heal import Heal, parse_heal
+from llm_streamline.heal import HEAD, Heal, parse_heal
 from llm_streamline.records import Fit, LayerPlan, Window
 from llm_streamline.replacement import ReplacementLayers
 from llm_streamline.snapshot import Snapshot
@@ -22,7 +23,7 @@ from llm_streamline.training import announce, keep, lessons, load_replacement, t
 from llm_streamline.workspace import RunFolder, Workspace
 
 HEALED = "healed"
-GENTLER = 0.05  # of the learning rate: whole layers of a trained model bear less than one that stands in for others
+GENTLER = 0.05  # of the learning rate: weights of a trained model bear less than a layer that stands in for others
 SNAPSHOT = "healing.safetensors"
 
 
@@ -50,6 +51,7 @@ def heal(work: Workspace, plan: LayerPlan, folder: RunFolder) -> Fit | None:
     student.load_state_dict(world.led(student.state_dict))
     settings = world.led(lambda: _settings(work, training, wanted).continued(snapshot))
     student.quick = stand_ins_pace(work, plan, settings)
+    student.pace_above = 1.0 if work.recipe.heal_lr or wanted.kind != "lora" else GENTLER
     announce(f"healing ({wanted})", training, settings, work.runtime.quiet)
     whole = Window(start=0, stop=plan.num_layers)
     with tracking(work) as track:
@@ -92,6 +94,8 @@ def load_healed(
     student = student_of(source, plan, replacement, wanted)
     student.load_state_dict(load_file(folder.path / HEALED / f"{HEALED}.safetensors"))
     stays, replaced = split(student, source, plan)
+    if HEAD in wanted.above and tied(source):
+        untie(source)
     weights = source.state_dict()
     for name, value in stays.items():
         weights[name].copy_(value)

@@ -6,13 +6,14 @@ what it gives them, and once more to let it make logits of what they returned. S
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from llm_streamline.families import layers_of
@@ -107,14 +108,18 @@ class Layerwise:
         """(B, T, V) of a flow at the last boundary, by the model's own norm and head."""
         return self.head(flow.ids, flow.state)
 
-    def head(self, ids: Tensor, state: Tensor) -> Tensor:
-        """Logits (B, T, V) of a state (B, T, D) at the last boundary; gradients reach the state.
+    def head(self, ids: Tensor, state: Tensor, own: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Logits (B, T, V) of a state (B, T, D) at the last boundary; gradients reach the state, and `own`.
 
-        Norm and head act on each token alone, so that any positions of longer sequences may be given.
+        Norm and head act on each token alone, so that any positions of longer sequences may be given. `own` are, by
+        the model's names, weights of theirs to take instead; a head that is tied to the embeddings is not then.
         """
+        given = {"input_ids": ids, "use_cache": False}
         with self._aside() as layers:
             layers[-1].state = state
-            return self.model(input_ids=ids, use_cache=False).logits
+            if not own:
+                return self.model(**given).logits
+            return functional_call(self.model, dict(own), kwargs=given, tie_weights=False).logits
 
 
 def grouped(batches: Sequence[Tensor]) -> Iterator[list[Tensor]]:

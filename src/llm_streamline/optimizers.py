@@ -6,7 +6,7 @@ Measured in docs/decisions/0011: Muon learns more where there are many steps, Ad
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -31,19 +31,24 @@ def default_rate(optimizer: str, width: int) -> float:
     return min(highest, rate * 256 / width)
 
 
-Paces = Sequence[tuple[float, Sequence[nn.Parameter]]]  # weights, beside how many times the learning rate they take
+class Pace(NamedTuple):
+    """Weights that train at so many times the learning rate; `turned` where Muon may take the matrices of them."""
+
+    rate: float
+    weights: Sequence[nn.Parameter]
+    turned: bool = True
 
 
-def make_optimizer(name: str, paces: Paces, lr: float, decay: float) -> torch.optim.Optimizer:
+def make_optimizer(name: str, paces: Sequence[Pace], lr: float, decay: float) -> torch.optim.Optimizer:
     """`muon` or `adamw` over the weights; steps of the two are of one size at one learning rate.
 
     Each group has a 'pace', by which whoever sets its learning rate is to multiply it.
     """
     parts = []
-    for pace, weights in paces:
-        parts.append(_of_one_pace(name, weights, pace * lr, decay))
+    for pace in paces:
+        parts.append(_of_one_pace(name if pace.turned else ADAMW, pace.weights, pace.rate * lr, decay))
         for group in parts[-1].param_groups:
-            group["pace"] = pace
+            group["pace"] = pace.rate
     return Several(parts) if len(parts) > 1 else parts[0]
 
 

@@ -34,6 +34,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Gromov et al., arXiv 2403.17887: rank 64 and 3e-4 as for its 7B model. Theirs takes the angle at the last token of
     # each sequence, adapts the MLPs of a model in 4 bits alone, and scales adapters by 1 where peft's usual 2 is here
     "uidl": {**DELETED, "heal": "lora:64", "heal_loss": "lm", "heal_lr": 3e-4},
+    # Reassessing Layer Pruning, arXiv 2411.15558: the last layers go; the last three that stay, the norm and the head
+    # learn from the text. Theirs are instructions, at a rate of 1e-5 for its 8B model, which is about the default at
+    # that width; a head that is tied to the embeddings gets a matrix of its own here
+    "last-n-head": {**DELETED, "select": "last", "heal": "last:3+norm+head", "heal_loss": "lm", "optimizer": "adamw"},
     # ShortGPT, arXiv 2403.03853: single layers by Block Influence
     "shortgpt": {**DELETED, "select": "influence"},
     # SLEB, arXiv 2402.09025: one layer after the other, by the loss on the calibration part

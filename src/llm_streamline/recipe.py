@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from llm_streamline.conflicts import CHECKS
 from llm_streamline.heal import check_heal, parse_heal
 from llm_streamline.objective import LOSS, STATES_ONLY, Objective, check_loss, parse_objective
 from llm_streamline.presets import PRESETS
@@ -68,14 +69,16 @@ class Recipe(Schema):
         None,
         description="Remove as few layers as bring the model to this many parameters, e.g. 5B. Instead of --remove.",
     )
-    select: Literal["auto", "cosine", "relative", "loss", "kl", "replaceability", "influence", "greedy"] | None = Field(
+    select: (
+        Literal["auto", "cosine", "relative", "loss", "kl", "replaceability", "last", "influence", "greedy"] | None
+    ) = Field(
         None,
         description="What decides between the windows of one length: cosine (the paper's), relative change, loss or kl "
-        "after deletion, replaceability (what no linear map explains), or auto: the best few by these, ranked by loss "
-        "with a linear map in their place, or without one for --replace none. With --replace none also single layers, "
-        "wherever they lie: influence (those that change the state least) or greedy (one after the other, by the loss "
-        "after deletion). [default: auto, and cosine where the "
-        "model does not fit in memory]",
+        "after deletion, replaceability (what no linear map explains), last (the highest), or auto: the best few by "
+        "these, ranked by loss with a linear map in their place, or without one for --replace none. With --replace "
+        "none also single layers, wherever they lie: influence (those that change the state least) or greedy (one "
+        "after the other, by the loss after deletion). [default: auto, and cosine where the model does not fit in "
+        "memory]",
     )
     protect_first: int = Field(1, ge=0, description="How many first layers no window may take.")
     protect_last: int = Field(1, ge=0, description="How many last layers no window may take.")
@@ -123,7 +126,8 @@ class Recipe(Schema):
         "none",
         description="What else trains once the replacement is there, whose weights are not the source's any more then: "
         "lora (adapters on all layers that stay, merged in the end), lora:8 for their rank, layers:2 (the two on "
-        "either side of the cut, whole), or all.",
+        "either side of the cut, whole), last:3 (the last three), or all; with +norm and +head also those after the "
+        "last layer, as norm and head alone do.",
     )
     heal_share: float = Field(
         0.9, gt=0, lt=1, description="With --heal: its share of the training tokens; all where nothing else trains."
@@ -177,96 +181,16 @@ class Recipe(Schema):
         return {**PRESETS[preset], **values}
 
     @model_validator(mode="after")
-    def _one_target(self) -> Recipe:
-        given = [f"--{name.replace('_', '-')}" for name in ("remove", "window", "max_params") if getattr(self, name)]
-        if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)} were given; give one of --remove, --window and --max-params")
-        if self.lr is not None and self.min_lr is not None and self.min_lr > self.lr:
-            raise ValueError(f"--min-lr {self.min_lr} is above --lr {self.lr}; give a smaller one")
-        if self.window is not None and self.select not in (None, "auto", "cosine"):
-            raise ValueError(
-                f"--select {self.select} was given with --window, which leaves nothing to select; give one of them"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _several_windows(self) -> Recipe:
-        if self.given and self.windows > 1:
-            raise ValueError(f"--windows {self.windows} was given with --window, which names them; leave it out")
-        if self.rounds > self.windows:
-            raise ValueError(
-                f"--rounds {self.rounds} choose at least one window each, and --windows is {self.windows}; give more "
-                "--windows or fewer rounds, and no --window"
-            )
-        if self.rounds > 1 and not self.learns:
-            raise ValueError(
-                f"--rounds {self.rounds} with --replace {self.replace} has nothing to train between them; leave it out"
-            )
-        if self.count > 1 and self.scattered:
-            raise ValueError(f"--select {self.select} takes single layers, not windows; leave out --windows")
-        if self.count > 1 and (self.solved or self.network):
-            raise ValueError(
-                f"--replace {self.replace} stands in for one window, and {self.count} were asked for; use --replace "
-                "layer, mlp or none, or remove one"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _single_layers(self) -> Recipe:
-        if self.scattered and self.replace != "none":
-            raise ValueError(
-                f"--select {self.select} takes single layers, in whose places nothing can stand: give --replace none "
-                "with it (and --heal, to train those that stay), or another --select"
-            )
+    def _without_conflicts(self) -> Recipe:
+        for check in CHECKS:
+            if conflict := check(self):
+                raise ValueError(conflict)
         return self
 
     @property
     def scattered(self) -> bool:
         """Whether single layers go, wherever they lie."""
         return self.select in ("influence", "greedy")
-
-    @model_validator(mode="after")
-    def _temperature_used(self) -> Recipe:
-        parts = [*self.objective.parts, *(parse_objective(self.heal_loss).parts if self.heals else ())]
-        if self.temperature is not None and all(part.kind != "kl" for part in parts):
-            raise ValueError(f"--temperature {self.temperature:g} is for --loss kl, not {self.loss_used}; leave it out")
-        return self
-
-    @model_validator(mode="after")
-    def _best_of_layers(self) -> Recipe:
-        if self.init == "best" and self.replace not in ONE_OF_ITS_OWN:
-            raise ValueError(
-                f"--init best is for one layer of the model's own, and --replace is {self.replace}; use --init "
-                "inherited or random, or --replace layer or mlp"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _nothing_to_train(self) -> Recipe:
-        given = [f"--{name}" for name, unset in (("init", None), ("epochs", 1)) if getattr(self, name) != unset]
-        if (self.solved or self.replace == "merged") and given:
-            how = "solved for in one pass" if self.solved else "made of the window's weights"
-            raise ValueError(f"--replace {self.replace} is {how}, not trained: leave out {' and '.join(given)}")
-        return self
-
-    @model_validator(mode="after")
-    def _custom_code_allowed(self) -> Recipe:
-        if self.network and not self.custom_code:
-            raise ValueError(
-                f"--replace {self.replace} is saved with code of its own and loads only where that is trusted; "
-                "allow it with --custom-code, or use --replace mlp or layer, which load everywhere"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _healing_possible(self) -> Recipe:
-        fields = type(self).model_fields
-        given = [name for name in ("heal_share", "heal_loss", "heal_lr") if getattr(self, name) != fields[name].default]
-        if given and not self.heals:
-            raise ValueError(f"--{given[0].replace('_', '-')} is for --heal; give that too, or leave it out")
-        if self.heals and self.solved:
-            raise ValueError(f"--heal {self.heal} does not go with --replace {self.replace}; use another replacement")
-        return self
 
     @property
     def trains(self) -> bool:

@@ -52,7 +52,8 @@ class Similarity(Record):
 class ModelShape(Record):
     """The counts a plan is made of, in parameters (tied ones once).
 
-    `network` is what one stand-in has where it is no layer of the model's own.
+    `network` is what one stand-in has where it is no layer of the model's own; `untied` what a head has that was one
+    with the embeddings and is to train.
     """
 
     name: str
@@ -60,6 +61,7 @@ class ModelShape(Record):
     total: int
     layers: list[int]
     network: int | None = None
+    untied: int = 0
 
     @property
     def num_layers(self) -> int:

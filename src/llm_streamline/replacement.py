@@ -31,6 +31,7 @@ from llm_streamline.families import family_of, inner_width, layers_of, never_ide
 from llm_streamline.forward import LayerCall
 from llm_streamline.networks import NETWORKS, NetworkLayer, start
 from llm_streamline.offload import onloaded
+from llm_streamline.optimizers import Pace
 from llm_streamline.records import FOLDED
 
 
@@ -50,9 +51,13 @@ class ReplacementLayers(nn.ModuleList):
     def trained(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
-    def paces(self) -> list[tuple[float, list[nn.Parameter]]]:
+    def paces(self) -> list[Pace]:
         """What trains, beside how many times the learning rate it trains with."""
-        return [(1.0, self.trained())]
+        return [Pace(1.0, self.trained())]
+
+    def above(self) -> dict[str, nn.Parameter]:
+        """What trains of the norm and the head above the last layer, by the source's names."""
+        return {}
 
 
 def build_replacement(

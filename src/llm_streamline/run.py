@@ -140,7 +140,7 @@ def describe(plan: LayerPlan) -> str:
     if plan.replace == "mlp":
         lines.append("the mlp's attention is silent but stays: on disk, in compute and in the KV cache it is a layer")
     if plan.heal != "none":
-        lines.append(f"the layers that stay are healed ({plan.heal}): they will not be the source's any more")
+        lines.append(f"what stays is healed ({plan.heal}): it will not be the source's any more")
     if plan.custom_code:
         lines.append("the model will carry code of its own and load only with trust_remote_code=True")
     return "\n".join(lines)

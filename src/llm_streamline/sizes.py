@@ -108,7 +108,9 @@ def sizes_of(work: Workspace, offloaded: bool = False) -> Sizes:
 def _remembered(work: Workspace, sequences: int) -> dict[str, int]:
     """What an optimizer holds: Muon less than AdamW, where all that is large are matrices and not experts in one."""
     matrices = all(value.ndim < 3 for layer in layers_of(work.skeleton) for value in layer.parameters())
-    if optimizer_for(work.recipe, sequences) == MUON and matrices and not work.recipe.heal.startswith("lora"):
+    heal = parse_heal(work.recipe.heal)
+    by_adamw = heal is not None and (heal.kind == "lora" or heal.above)
+    if optimizer_for(work.recipe, sequences) == MUON and matrices and not by_adamw:
         return {"copies": 3, "turned": work.largest_weight}
     return {"copies": 4, "turned": 0}
 
@@ -144,7 +146,7 @@ def _healing(work: Workspace, blocks: int, tokens: int) -> dict[str, int]:
 
 def _ranked(recipe: Recipe, layers: int) -> int:
     """As many windows as there are at most: those by which one net layer goes."""
-    chosen = recipe.window is not None or recipe.select in ("cosine", "influence")
+    chosen = recipe.window is not None or recipe.select in ("cosine", "last", "influence")
     return 0 if chosen else layers - recipe.protect_first - recipe.protect_last - recipe.occupied
 
 

@@ -2,8 +2,9 @@
 
 A student stands between two boundaries, as a replacement of all that lies there, and shares every frozen weight with
 the dense model, on whose states or logits it is trained. Between the ends of several windows it trains what stands in
-for each; between 0 and L, once that is there, low-rank adapters on the layers that stay, or some of them whole. What
-comes out of this are changed weights under the source's names, adapters merged: nothing needs peft to load.
+for each; between 0 and L, once that is there, low-rank adapters on the layers that stay, or some of them whole, and the
+norm and the head above them. What comes out of this are changed weights under the source's names, adapters merged:
+nothing needs peft to load.
 """
 
 from __future__ import annotations
@@ -18,26 +19,35 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from llm_streamline.above import weights_above
 from llm_streamline.errors import UserError
 from llm_streamline.families import layers_of, layers_prefix
 from llm_streamline.forward import LayerCall
 from llm_streamline.heal import Heal, parse_heal
+from llm_streamline.optimizers import Pace
 from llm_streamline.records import LayerPlan
 from llm_streamline.replacement import ReplacementLayers
 
 BASE, ADAPTER = ".base_layer", "default"  # peft's names for the weights under an adapter, and for our one adapter
+_DOT = "/"  # in the names of weights above the layers, as a module's own weights have no dots in theirs
 
 
 class Student(ReplacementLayers):
     """Layers of the shortened model in a row, each run with what the dense model's layer in its place was given.
 
-    `places` are those layers, counted from the row's lower boundary. `state_dict` holds what trains and nothing else.
+    `places` are those layers, counted from the row's lower boundary; `above` are weights that follow the last of them,
+    which train from copies. `state_dict` holds what trains and nothing else.
     """
 
-    def __init__(self, layers: Sequence[nn.Module], places: Sequence[int]) -> None:
+    def __init__(
+        self, layers: Sequence[nn.Module], places: Sequence[int], above: Mapping[str, Tensor] | None = None
+    ) -> None:
         super().__init__(layers)
         self._places = list(places)
         self.quick: dict[int, float] = {}  # of layers in the row, how many times the learning rate they train with
+        self.pace_above = 1.0  # how many times the learning rate the weights above them train with
+        for name, value in (above or {}).items():
+            self.register_parameter(name.replace(".", _DOT), nn.Parameter(value.detach().float().clone()))
 
     def run(self, hidden: Tensor, calls: Sequence[LayerCall]) -> Tensor:
         """A state (B, T, D) at the lower boundary -> at the upper; `calls` are of the dense model's layers between."""
@@ -45,13 +55,18 @@ class Student(ReplacementLayers):
             hidden = calls[place].replay(layer, hidden)
         return hidden
 
-    def paces(self) -> list[tuple[float, list[nn.Parameter]]]:
+    def above(self) -> dict[str, nn.Parameter]:
+        return {name.replace(_DOT, "."): value for name, value in self.named_parameters(recurse=False)}
+
+    def paces(self) -> list[Pace]:
         found: dict[float, list[nn.Parameter]] = {}
         for new, layer in enumerate(self):
             own = [value for value in layer.parameters() if value.requires_grad]
             if own:
                 found.setdefault(self.quick.get(new, 1.0), []).extend(own)
-        return list(found.items())
+        above = list(self.above().values())
+        paces = [Pace(rate, weights) for rate, weights in found.items()]
+        return [*paces, Pace(self.pace_above, above, turned=False)] if above else paces
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
         return {name: value for name, value in self.named_parameters() if value.requires_grad}
@@ -98,31 +113,33 @@ def student_of(model: PreTrainedModel, plan: LayerPlan, replacement: Replacement
     layers: list[nn.Module] = []
     for source in plan.sources():
         layers.append(next(stand_ins) if source in plan.replaced() else sharing(layers_of(model)[source]))
-    student = Student(layers, plan.sources())
+    student = Student(layers, plan.sources(), weights_above(model, heal.above))
     kept = [new for new, source in enumerate(plan.sources()) if source not in plan.gone]
     if heal.kind == "lora":
         _adapt([layers[new] for new in kept], heal.size)
     else:
         for new in kept:
-            if heal.near(new, plan):
+            if heal.whole(new, plan):
                 layers[new] = _own(layers[new])
                 student[new] = layers[new]
-    if not any(value.requires_grad for new in kept for value in layers[new].parameters()):
+    if heal.kind and not any(value.requires_grad for new in kept for value in layers[new].parameters()):
         raise UserError(f"--heal {heal} finds nothing to train in the layers that stay; give another, or none.")
     return student
 
 
 def healed_parameters(model: PreTrainedModel, heal: Heal, cuts: int = 1) -> int:
-    """How many parameters of layers that stay train, at most: which layers those are is not known yet.
+    """How many parameters train of layers that stay, and above them, at most: which layers those are is not known yet.
 
     Args: cuts: in how many places layers go.
     """
     layers = list(layers_of(model))
+    above = sum(value.numel() for value in weights_above(model, heal.above).values())
     if heal.kind == "lora":
         linear = [module for layer in layers for module in layer.modules() if is_linear(module)]
-        return heal.size * sum(sum(module.weight.shape) for module in linear)  # type: ignore[arg-type, misc]
+        return above + heal.size * sum(sum(module.weight.shape) for module in linear)  # type: ignore[arg-type, misc]
     counts = sorted((sum(value.numel() for value in layer.parameters()) for layer in layers), reverse=True)
-    return sum(counts if heal.kind == "all" else counts[: 2 * heal.size * cuts])
+    most = {"all": len(layers), "layers": 2 * heal.size * cuts, "last": heal.size, "": 0}
+    return above + sum(counts[: most[heal.kind]])
 
 
 def check_installed(heal: str) -> None:
@@ -165,9 +182,9 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def split(student: Student, model: PreTrainedModel, plan: LayerPlan) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Healed weights in float32: those of layers that stay, under the source's names, and the replacement's own."""
+    """Healed weights in float32: those that stay, under the source's names, and the replacement's own."""
     prefix, sources, places = layers_prefix(model.config), plan.sources(), plan.replaced()
-    stays: dict[str, Tensor] = {}
+    stays: dict[str, Tensor] = {name: value.detach().float() for name, value in student.above().items()}
     replaced: dict[str, Tensor] = {}
     for new, name, value in student.changed():
         if sources[new] in places:

@@ -129,7 +129,8 @@ class Trainer:
     @cached_property
     def upper(self) -> Upper:
         """What is above the window, which only some losses need."""
-        return Upper(self.model, self.window.stop, self.settings.autocast, self.settings.temperature)
+        own = self.replacement.above()
+        return Upper(self.model, self.window.stop, self.settings.autocast, self.settings.temperature, own)
 
     def passages(self, batches: Sequence[Tensor]) -> Iterator[Passage]:
         """What crosses the window's boundaries on each micro-batch of token ids (B, T), made when it is asked for."""

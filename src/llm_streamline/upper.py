@@ -7,7 +7,7 @@ Shapes: B sequences, T tokens, D width, V tokens of the vocabulary, L layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,12 +36,16 @@ def chunk_positions(sequences: int, vocabulary: int) -> int:
 
 @dataclass
 class Upper:
-    """The layers [boundary, L), the norm and the head of a model none of whose parameters is trained."""
+    """The layers [boundary, L), the norm and the head of a model none of whose parameters is trained.
+
+    `own` are the student's weights of norm and head, by the model's names, where it has trained ones.
+    """
 
     model: PreTrainedModel
     boundary: int
     autocast: bool
     temperature: float = 1.0
+    own: Mapping[str, Tensor] = field(default_factory=dict)
     _layerwise: Layerwise = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -82,6 +86,10 @@ class Upper:
         """(B, n, V) by the model's own norm and head, of n positions' ids (B, n) and states (B, n, D) at boundary L."""
         return self._layerwise.head(ids, state)
 
+    def students_logits(self, ids: Tensor, state: Tensor) -> Tensor:
+        """As `logits`, by the student's own norm and head where it has them."""
+        return self._layerwise.head(ids, state, self.own)
+
     def _precision(self) -> Any:
         return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.autocast)
 
@@ -89,13 +97,14 @@ class Upper:
         def piece(student: Tensor, cut: slice) -> Tensor:
             with torch.no_grad():
                 target = self.logits(ids[:, cut], teacher[:, cut])
-            return kl(self.logits(ids[:, cut], student), target, part.top, self.temperature).sum()
+            return kl(self.students_logits(ids[:, cut], student), target, part.top, self.temperature).sum()
 
         return piece
 
     def _next_token(self, ids: Tensor) -> Piece:
         def piece(student: Tensor, cut: slice) -> Tensor:
-            return next_token(self.logits(ids[:, cut], student), ids[:, cut.start + 1 : cut.stop + 1]).sum()
+            logits = self.students_logits(ids[:, cut], student)
+            return next_token(logits, ids[:, cut.start + 1 : cut.stop + 1]).sum()
 
         return piece
 
@@ -103,17 +112,23 @@ class Upper:
         """The mean of a loss over the tokens of a state (B, T, D); each chunk's gradient is taken at once."""
         sequences, length, _ = state.shape
         size = chunk_positions(sequences, self.model.config.vocab_size)
-        wanted = torch.is_grad_enabled() and state.requires_grad
+        moved = [one for one in (state, *self.own.values()) if torch.is_grad_enabled() and one.requires_grad]
         total = torch.zeros((), device=state.device, dtype=torch.promote_types(state.dtype, torch.float32))
-        gradients: list[Tensor] = []
+        gradients = [torch.zeros_like(one) for one in moved]
         for start in range(0, length, size):
             cut = slice(start, min(start + size, length))
-            chunk = state.detach()[:, cut].requires_grad_(wanted)
+            chunk = state.detach()[:, cut].requires_grad_(state.requires_grad)
             with self._precision():
                 loss = piece(chunk, cut) / (sequences * length)
             total += loss.detach()
-            gradients += torch.autograd.grad(loss, chunk) if wanted else ()
-        return _WithGradient.apply(state, total, torch.cat(gradients, dim=1)) if wanted else total
+            leaves = [chunk if one is state else one for one in moved]
+            for one, summed, gradient in zip(moved, gradients, _gradients(loss, leaves), strict=True):
+                (summed[:, cut] if one is state else summed).add_(gradient)
+        return _WithGradient.apply(total, gradients, *moved) if moved else total
+
+
+def _gradients(loss: Tensor, leaves: Sequence[Tensor]) -> Sequence[Tensor]:
+    return torch.autograd.grad(loss, leaves) if leaves else ()
 
 
 def _replay(layer: nn.Module, call: LayerCall, state: Tensor) -> Tensor:
@@ -122,14 +137,13 @@ def _replay(layer: nn.Module, call: LayerCall, state: Tensor) -> Tensor:
 
 
 class _WithGradient(torch.autograd.Function):
-    """A loss whose gradient with respect to a state is known already."""
+    """A loss whose gradients with respect to what has moved it are known already."""
 
     @staticmethod
-    def forward(ctx: Any, state: Tensor, loss: Tensor, gradient: Tensor) -> Tensor:
-        ctx.save_for_backward(gradient)
+    def forward(ctx: Any, loss: Tensor, gradients: Sequence[Tensor], *moved: Tensor) -> Tensor:
+        ctx.save_for_backward(*gradients)
         return loss.clone()
 
     @staticmethod
-    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return (outer * gradient).to(gradient.dtype), None, None
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *((outer * gradient).to(gradient.dtype) for gradient in ctx.saved_tensors)

@@ -166,7 +166,7 @@ def solved(fit: LinearFit) -> str:
 
 def healed(heal: str, tensors: int) -> str:
     """What healing has left of the source, in a sentence."""
-    return f"Healed ({heal}): {tensors} tensors of the layers that stay are not the source's any more."
+    return f"Healed ({heal}): {tensors} tensors besides the replacement's are not the source's any more."
 
 
 def notes(manifest: Manifest) -> list[str]:

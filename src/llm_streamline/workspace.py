@@ -19,7 +19,7 @@ from transformers.utils import logging
 from llm_streamline import checkpoint
 from llm_streamline.errors import UserError
 from llm_streamline.estimate import Estimate, estimate_of
-from llm_streamline.families import layers_of, parameter_counts
+from llm_streamline.families import layers_of
 from llm_streamline.files import TEMPORARY, remove, remove_leftovers, write_text
 from llm_streamline.folding import check_foldable
 from llm_streamline.lock import LOCK
@@ -31,6 +31,7 @@ from llm_streamline.recipe import Recipe, Runtime
 from llm_streamline.recipe_file import changed_keys, read_yaml, to_yaml
 from llm_streamline.records import FOLDED, Inputs, ModelShape, Record
 from llm_streamline.replacement import ReplacementLayers, build_replacement
+from llm_streamline.shape import shape_of
 from llm_streamline.text import Parts, read_parts
 
 RECIPE = "recipe.yaml"
@@ -141,6 +142,14 @@ def check_deletable(folder: Path, contents: set[str], recipe: Recipe) -> None:
             raise UserError(f"--fresh would delete {name}, which this run reads; give another -o.")
 
 
+def multiplies_bfloat16(device: str) -> bool:
+    """Whether the device's products of bfloat16 matrices are fast ones."""
+    if device.startswith("cuda"):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    tests = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return any(getattr(torch.cpu, test, lambda: False)() for test in tests)
+
+
 class Workspace:
     """The source model and its text, as the recipe and the runtime ask for them."""
 
@@ -166,13 +175,7 @@ class Workspace:
     @cached_property
     def shape(self) -> ModelShape:
         """Exact parameter counts, from a model without weights."""
-        total, layers = parameter_counts(self.skeleton)
-        kind, network = self.config.model_type, None
-        if self.recipe.network:
-            with torch.device("meta"):
-                stand_in = build_replacement(self.skeleton, [0], "random", 0, self.recipe.replace)
-            network = stand_in.count()
-        return ModelShape(name=self.recipe.model, model_type=kind, total=total, layers=layers, network=network)
+        return shape_of(self.skeleton, self.recipe)
 
     def check_replacement(self, starts: Sequence[int]) -> None:
         """Errors: UserError where no window that begins at one of `starts` can be given what the recipe asks for."""
@@ -209,10 +212,7 @@ class Workspace:
         """Whether to compute in bfloat16: where asked, or where the machine multiplies it fast."""
         if self.runtime.compute != "auto":
             return self.runtime.compute == "bfloat16"
-        if self.device.startswith("cuda"):
-            return torch.cuda.is_bf16_supported(including_emulation=False)
-        tests = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-        return any(getattr(torch.cpu, test, lambda: False)() for test in tests)
+        return multiplies_bfloat16(self.device)
 
     @cached_property
     def checkpoint_dtype(self) -> torch.dtype:

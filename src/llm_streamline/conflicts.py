@@ -1,0 +1,139 @@
+"""What of a recipe does not go together, each in a sentence that says what to do about it; None where it does.
+
+Nothing here needs torch, so that a recipe can be read without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from llm_streamline.heal import parse_heal
+from llm_streamline.objective import parse_objective
+from llm_streamline.replace import ONE_OF_ITS_OWN
+
+if TYPE_CHECKING:
+    from llm_streamline.recipe import Recipe
+
+
+def several_targets(recipe: Recipe) -> str | None:
+    given = [f"--{name.replace('_', '-')}" for name in ("remove", "window", "max_params") if getattr(recipe, name)]
+    if len(given) > 1:
+        return f"{' and '.join(given)} were given; give one of --remove, --window and --max-params"
+    return None
+
+
+def rates_that_rise(recipe: Recipe) -> str | None:
+    if recipe.lr is not None and recipe.min_lr is not None and recipe.min_lr > recipe.lr:
+        return f"--min-lr {recipe.min_lr} is above --lr {recipe.lr}; give a smaller one"
+    return None
+
+
+def nothing_to_select(recipe: Recipe) -> str | None:
+    if recipe.window is not None and recipe.select not in (None, "auto", "cosine"):
+        return f"--select {recipe.select} was given with --window, which leaves nothing to select; give one of them"
+    return None
+
+
+def windows_and_rounds(recipe: Recipe) -> str | None:
+    if recipe.given and recipe.windows > 1:
+        return f"--windows {recipe.windows} was given with --window, which names them; leave it out"
+    if recipe.rounds > recipe.windows:
+        return (
+            f"--rounds {recipe.rounds} choose at least one window each, and --windows is {recipe.windows}; give more "
+            "--windows or fewer rounds, and no --window"
+        )
+    if recipe.rounds > 1 and not recipe.learns:
+        return (
+            f"--rounds {recipe.rounds} with --replace {recipe.replace} has nothing to train between them; leave it out"
+        )
+    return None
+
+
+def one_window_alone(recipe: Recipe) -> str | None:
+    if recipe.count > 1 and recipe.scattered:
+        return f"--select {recipe.select} takes single layers, not windows; leave out --windows"
+    if recipe.count > 1 and (recipe.solved or recipe.network):
+        return (
+            f"--replace {recipe.replace} stands in for one window, and {recipe.count} were asked for; use --replace "
+            "layer, mlp or none, or remove one"
+        )
+    return None
+
+
+def single_layers(recipe: Recipe) -> str | None:
+    if recipe.scattered and recipe.replace != "none":
+        return (
+            f"--select {recipe.select} takes single layers, in whose places nothing can stand: give --replace none "
+            "with it (and --heal, to train those that stay), or another --select"
+        )
+    return None
+
+
+def temperature_of_nothing(recipe: Recipe) -> str | None:
+    parts = [*recipe.objective.parts, *(parse_objective(recipe.heal_loss).parts if recipe.heals else ())]
+    if recipe.temperature is not None and all(part.kind != "kl" for part in parts):
+        return f"--temperature {recipe.temperature:g} is for --loss kl, not {recipe.loss_used}; leave it out"
+    return None
+
+
+def best_of_what(recipe: Recipe) -> str | None:
+    if recipe.init == "best" and recipe.replace not in ONE_OF_ITS_OWN:
+        return (
+            f"--init best is for one layer of the model's own, and --replace is {recipe.replace}; use --init "
+            "inherited or random, or --replace layer or mlp"
+        )
+    return None
+
+
+def nothing_to_train(recipe: Recipe) -> str | None:
+    given = [f"--{name}" for name, unset in (("init", None), ("epochs", 1)) if getattr(recipe, name) != unset]
+    if (recipe.solved or recipe.replace == "merged") and given:
+        how = "solved for in one pass" if recipe.solved else "made of the window's weights"
+        return f"--replace {recipe.replace} is {how}, not trained: leave out {' and '.join(given)}"
+    return None
+
+
+def code_not_allowed(recipe: Recipe) -> str | None:
+    if recipe.network and not recipe.custom_code:
+        return (
+            f"--replace {recipe.replace} is saved with code of its own and loads only where that is trusted; "
+            "allow it with --custom-code, or use --replace mlp or layer, which load everywhere"
+        )
+    return None
+
+
+def nothing_to_heal(recipe: Recipe) -> str | None:
+    fields = type(recipe).model_fields
+    given = [name for name in ("heal_share", "heal_loss", "heal_lr") if getattr(recipe, name) != fields[name].default]
+    if given and not recipe.heals:
+        return f"--{given[0].replace('_', '-')} is for --heal; give that too, or leave it out"
+    if recipe.heals and recipe.solved:
+        return f"--heal {recipe.heal} does not go with --replace {recipe.replace}; use another replacement"
+    return None
+
+
+def unseen_above(recipe: Recipe) -> str | None:
+    wanted, parts = parse_heal(recipe.heal), parse_objective(recipe.heal_loss).parts
+    if wanted and wanted.above and not all(part.above for part in parts):
+        return (
+            f"--heal {recipe.heal} trains what only a loss of logits sees, and --heal-loss is {recipe.heal_loss}; use "
+            "kl or lm, or leave out the norm and the head"
+        )
+    return None
+
+
+CHECKS: tuple[Callable[[Recipe], str | None], ...] = (
+    several_targets,
+    rates_that_rise,
+    nothing_to_select,
+    windows_and_rounds,
+    one_window_alone,
+    single_layers,
+    temperature_of_nothing,
+    best_of_what,
+    nothing_to_train,
+    code_not_allowed,
+    nothing_to_heal,
+    unseen_above,
+)
