@@ -30,12 +30,12 @@ from llm_streamline.checkpoint import Source, context_length, load_model, load_t
 from llm_streamline.errors import UserError
 from llm_streamline.families import layers_of
 from llm_streamline.memory import held, release
+from llm_streamline.precision import multiplies_bfloat16
 from llm_streamline.recipe import Recipe, Runtime
 from llm_streamline.records import Fit, runs_of
 from llm_streamline.scoring.perplexity import token_losses
 from llm_streamline.scoring.questions import answers, encode, read_questions
 from llm_streamline.scoring.texts import read_text, windows
-from llm_streamline.workspace import multiplies_bfloat16
 
 DENSE = "dense"
 DOCUMENT_TOKENS = 1024  # of each held-out document, from its beginning
@@ -46,7 +46,8 @@ METHODS: dict[str, dict[str, Any]] = {  # what of a recipe each sets; the tokens
     "paper-random": {"preset": "paper-random"},
     "paper-ffn": {"preset": "paper-ffn", "custom_code": True},
     "healed": {"heal": "all"},
-    **{name: {"preset": name} for name in ("lora", "uidl", "last-n-head", "shortgpt", "sleb", "laco", "replaceme")},
+    **{name: {"preset": name} for name in ("lora", "uidl", "last-n-head", "shortgpt", "sleb", "laco")},
+    **{name: {"preset": name} for name in ("replaceme", "replaceme-cosine")},
     **{name: {"preset": name, "custom_code": True} for name in ("linearpatch", "ghost")},
 }
 

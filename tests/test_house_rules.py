@@ -106,6 +106,7 @@ def test_every_module_has_its_tests():
         "preview": "run",
         "quantities": "recipe",
         "schema": "recipe",
+        "precision": "optimizers",
         "conflicts": "recipe",
     }
     elsewhere |= {

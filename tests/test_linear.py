@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from llm_streamline import assemble, folding, oracle, run
+from llm_streamline import assemble, folding, linear, oracle, run
 from llm_streamline.assemble import Parts, build
 from llm_streamline.errors import UserError, VerificationError
 from llm_streamline.families import layers_of, output_weights
@@ -151,7 +151,7 @@ def planted(model, window: Window, mapping: torch.Tensor, monkeypatch) -> None:
     layers[window.stop - 1].register_forward_hook(add, with_kwargs=True)
 
 
-@pytest.mark.parametrize("loss", ["nmse", "mse"])
+@pytest.mark.parametrize("loss", ["nmse", "mse", "cosine"])
 def test_a_planted_map_is_found_and_the_folded_model_is_the_dense_one(loss, monkeypatch):
     model, ids = tiny.make_model("llama").double(), tiny.random_ids(40, 32)
     planted(model, WINDOW, near_identity() - torch.eye(WIDTH, dtype=torch.float64), monkeypatch)
@@ -186,6 +186,29 @@ def test_a_map_lowers_the_distillation_loss_that_the_fit_tells(form):
     left = passage.leaving - passage.entering - (x.double() @ mapping).float()
     loss = float((left.square().sum(-1) / passage.leaving.square().sum(-1)).mean())
     assert loss == pytest.approx(fit.validation_after, rel=1e-4) and loss < 0.95 * fit.validation_before
+
+
+@pytest.mark.parametrize("folded", [True, False])
+def test_a_loss_of_cosines_falls_with_every_pass_and_below_that_of_least_squares(folded, monkeypatch):
+    model, ids = tiny.make_model("llama"), tiny.random_ids(60, 32)
+    with mlp_outputs(model, 1) as held:
+        passage = run_window(model, WINDOW, ids[20:])
+    x = (held[0] if folded else passage.entering).double()
+
+    def loss(mapping) -> float:
+        state = passage.entering.double() + x @ mapping
+        return float((1 - torch.cosine_similarity(state, passage.leaving.double(), dim=-1)).mean())
+
+    losses = []
+    for turns in (0, 1, 2, 3):
+        monkeypatch.setattr(linear, "TURNS", turns)
+        mapping, fit = solve_window(model, WINDOW, ids[20:], ids[20:], Reading(folded, "cosine", 4))
+        losses.append(loss(mapping))
+        assert fit.validation_after == pytest.approx(losses[-1], rel=1e-4), "1 - cosine, as it is told"
+        assert fit.validation_before == pytest.approx(loss(torch.zeros(WIDTH, WIDTH).double()), rel=1e-4)
+    squares, _ = solve_window(model, WINDOW, ids[20:], ids[20:], Reading(folded, "nmse", 4))
+    assert losses[0] == pytest.approx(loss(squares), rel=0.02), "one pass has the lengths of no map"
+    assert losses[0] > losses[1] > losses[2] > losses[3] and losses[3] < 0.99 * loss(squares)
 
 
 def streams(tokens: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -384,3 +407,14 @@ def test_a_dry_run_says_which_layer_changes(llama_folder, text_file, tmp_path):
     plan = plan_only(recipe(llama_folder, text_file), quiet(tmp_path / "out"))
     assert "a map folded into layer 1, net 3" in str(plan) and not (tmp_path / "out").exists()
     assert plan.sources() == [0, 1, 5] and plan.rewritten() == [(Window(start=1, stop=5), 1)] and plan.replaced() == [1]
+
+
+@pytest.mark.parametrize(
+    ("replace", "loss"),
+    [("linear", "kl"), ("linear:free", "nmse:0.5,mse:0.5"), ("linear:patch", "cosine"), ("linear", "lm")],
+)
+def test_what_it_cannot_be_solved_for_is_refused(replace, loss):
+    with pytest.raises(
+        UserError, match=rf"--loss {loss} is not what --replace {replace} can be solved for; give one of"
+    ):
+        Recipe(model="m", replace=replace, loss=loss, custom_code=True)

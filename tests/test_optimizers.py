@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 
-from llm_streamline.optimizers import Pace, Several, default_rate, make_optimizer, optimizer_for
+from llm_streamline import optimizers
+from llm_streamline.optimizers import Float32Muon, Pace, Several, default_rate, make_optimizer, optimizer_for
 from llm_streamline.recipe import Recipe
 
 
@@ -93,3 +94,25 @@ def test_its_state_can_be_kept_and_put_back_to_the_bit():
         stepped(optimizer, own, 2, 9)
     assert all(torch.equal(*pair) for pair in zip(first, again, strict=True))
     assert not torch.equal(first[1], whole[1])
+
+
+def test_muon_in_float32_takes_the_steps_of_torchs():
+    own, theirs = ([weight for weight in weights() if weight.ndim == 2] for _ in range(2))
+    arguments = {"lr": 0.01, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
+    one, other = Float32Muon(own, **arguments), torch.optim.Muon(theirs, **arguments)
+    before = [weight.detach().clone() for weight in own]
+    stepped(one, own, 3, 1)
+    stepped(other, theirs, 3, 1)
+    for weight, wanted, old in zip(own, theirs, before, strict=True):
+        assert (weight - wanted).norm() < 0.02 * (wanted - old).norm(), "but for its rounding to bfloat16"
+    assert all(one.state[weight].keys() == {"momentum_buffer"} for weight in own), (
+        "so that either goes on from the other"
+    )
+    one.load_state_dict(other.state_dict())
+
+
+@pytest.mark.parametrize(("fast", "kind"), [(True, torch.optim.Muon), (False, Float32Muon)])
+def test_bfloat16_is_used_where_it_is_fast(fast, kind, monkeypatch):
+    monkeypatch.setattr(optimizers, "multiplies_bfloat16", lambda device: fast)
+    optimizer = make_optimizer("muon", [Pace(1.0, weights()[1:2])], 0.01, 0.0)
+    assert type(optimizer.parts[0]) is kind

@@ -94,6 +94,16 @@ def nothing_to_train(recipe: Recipe) -> str | None:
     return None
 
 
+def unsolvable(recipe: Recipe) -> str | None:
+    solvable = ("nmse", "mse") if recipe.replace == "linear:patch" else ("nmse", "mse", "cosine")
+    if recipe.solved and recipe.loss_used not in solvable:
+        return (
+            f"--loss {recipe.loss} is not what --replace {recipe.replace} can be solved for; give one of "
+            f"{', '.join(solvable)}, or --replace layer"
+        )
+    return None
+
+
 def code_not_allowed(recipe: Recipe) -> str | None:
     if recipe.network and not recipe.custom_code:
         return (
@@ -133,6 +143,7 @@ CHECKS: tuple[Callable[[Recipe], str | None], ...] = (
     temperature_of_nothing,
     best_of_what,
     nothing_to_train,
+    unsolvable,
     code_not_allowed,
     nothing_to_heal,
     unseen_above,

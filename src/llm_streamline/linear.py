@@ -10,15 +10,20 @@ A third, the patch, only gives the state the magnitudes of the one that leaves (
 
 The first two papers' problems are this one, as Y + M = x_entering. Solving for S, not for I + S, lets the ridge pull
 the map towards the identity: in directions that the text does not span, the model stays as merely cut.
+
+ReplaceMe's other objective, the cosine of p = x_entering + M S and x_leaving, has no closed form, but for the best
+length of every token it has: 1 - cos^2 = min_a |a p - x_leaving|^2 / |x_leaving|^2. Solving for S and for a in turns
+lowers it with every pass; where ReplaceMe takes many steps of Adam, a few passes do.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -40,6 +45,8 @@ from llm_streamline.replacement import ReplacementLayers
 if TYPE_CHECKING:
     from llm_streamline.workspace import RunFolder, Workspace
 
+TURNS = 3  # passes over the text after the first, for a loss of cosines
+SHORTEST = 1e-2  # the least length that a token's state is scaled to, as a share of its own
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # of the mean square of a coordinate
 MAP = "map"  # the name of I + S in the file
 _FILE, _FIT = "replacement/replacement.safetensors", "replacement/fit.json"
@@ -57,16 +64,21 @@ class Reading:
     patch: bool = False
 
 
-def window_moments(
-    model: PreTrainedModel, window: Window, blocks: Tensor, reading: Reading, world: World = ALONE
-) -> Moments:
-    """Second moments of what the map is given and what the window adds, over (N, T) token ids shared by all processes.
+class Rows(NamedTuple):
+    """Of one micro-batch (B, T, D) float64: what the map is given, and the states at the window's boundaries."""
 
-    For `nmse` each token counts 1 / ||x_leaving||^2, so that the least squared error is the least distillation loss.
-    Errors: UserError where no map can be folded below the window.
-    """
-    width = int(model.config.hidden_size)
-    moments = Moments.of_widths(width, width)
+    given: Tensor
+    entering: Tensor
+    leaving: Tensor
+
+    def mapped(self, mapping: Tensor) -> Tensor:
+        return self.entering + self.given @ mapping.to(self.given)
+
+
+def window_rows(
+    model: PreTrainedModel, window: Window, blocks: Tensor, reading: Reading, world: World = ALONE
+) -> Iterator[Rows]:
+    """This process's share of (N, T) token ids, read once. Errors: UserError where no map can be folded below."""
     own = world.share(blocks)
     batches = own.split(reading.batch) if len(own) else ()
     passages = passages_of(model, window, reading.autocast)  # before the hook: this may run a layer
@@ -75,11 +87,54 @@ def window_moments(
         advance = held.enter_context(progress("solving", own.numel(), reading.quiet))
         for passage in passages(batches):
             entering, leaving = passage.entering.double(), passage.leaving.double()
-            weight = 1 / leaving.square().sum(dim=-1).clamp_min(1e-12) if reading.loss == "nmse" else None
-            moments.add(added.pop(0) if reading.folded else entering, leaving - entering, weight)
+            yield Rows(added.pop(0).double() if reading.folded else entering, entering, leaving)
             advance(entering.shape[:-1].numel())
+
+
+def window_moments(
+    model: PreTrainedModel,
+    window: Window,
+    blocks: Tensor,
+    reading: Reading,
+    world: World = ALONE,
+    mapping: Tensor | None = None,
+) -> Moments:
+    """Second moments of what the map is given and what the window adds, over (N, T) token ids shared by all processes.
+
+    For `nmse` each token counts 1 / ||x_leaving||^2, so that the least squared error is the least distillation loss.
+    For `cosine` it counts a^2 times that and should become x_leaving / a, a the best length once `mapping` is used.
+    Errors: as `window_rows`.
+    """
+    width = int(model.config.hidden_size)
+    moments = Moments.of_widths(width, width)
+    mapping = torch.zeros(width, width) if mapping is None else mapping
+    for rows in window_rows(model, window, blocks, reading, world):
+        weight = 1 / rows.leaving.square().sum(dim=-1).clamp_min(1e-12)
+        leaving = rows.leaving
+        if reading.loss == "cosine":
+            length = best_length(rows.mapped(mapping), leaving)
+            leaving, weight = leaving / length[..., None], weight * length.square()
+        moments.add(rows.given, leaving - rows.entering, None if reading.loss == "mse" else weight)
     moments.add_up(world)
     return moments
+
+
+def best_length(state: Tensor, wanted: Tensor) -> Tensor:
+    """(B, T): what states (B, T, D) are multiplied by to be as near to those wanted as their directions allow."""
+    return ((state * wanted).sum(dim=-1) / state.square().sum(dim=-1).clamp_min(1e-12)).clamp_min(SHORTEST)
+
+
+def cosine_losses(
+    model: PreTrainedModel, window: Window, blocks: Tensor, reading: Reading, mapping: Tensor, world: World = ALONE
+) -> tuple[float, float]:
+    """The mean of 1 - cosine over tokens, without the map and with it."""
+    sums = torch.zeros(3, dtype=torch.float64)
+    for rows in window_rows(model, window, blocks, reading, world):
+        for place, state in enumerate((rows.entering, rows.mapped(mapping))):
+            sums[place] += (1 - torch.cosine_similarity(state, rows.leaving, dim=-1)).sum().cpu()
+        sums[2] += rows.leaving.shape[:-1].numel()
+    world.sum_(sums)
+    return float(sums[0] / sums[2]), float(sums[1] / sums[2])
 
 
 def best_map(training: Moments, validation: Moments) -> tuple[Tensor, float | None]:
@@ -117,23 +172,29 @@ def solve_window(
     Every process gets both. Errors: as `window_moments`.
     """
     started = time.perf_counter()
-    learned, held_out = (window_moments(model, window, blocks, reading, world) for blocks in (training, validation))
-    mapping: Tensor
-    ridge: float | None
+    mapping: Tensor | None = None
+    ridge: float | None = None
+    for _ in range(1 + (TURNS if reading.loss == "cosine" else 0)):
+        learned, held_out = (
+            window_moments(model, window, blocks, reading, world, mapping) for blocks in (training, validation)
+        )
+        mapping, ridge = best_map(learned, held_out)
+    assert mapping is not None
     if reading.patch:
         mapping, ridge = patch_map(window_magnitudes(model, window, training, reading, world)), 0.0
-    else:
-        mapping, ridge = best_map(learned, held_out)
     # the mean of the loss over tokens, and for mse over the width
-    per = held_out.yy / held_out.tokens / (1 if reading.loss == "nmse" else len(mapping))
+    before = held_out.yy / held_out.tokens / (len(mapping) if reading.loss == "mse" else 1)
+    after = before * held_out.unexplained(mapping)
+    if reading.loss == "cosine":
+        before, after = cosine_losses(model, window, validation, reading, mapping, world)
     fit = LinearFit(
         loss=reading.loss,
         tokens=learned.tokens,
         ridge=ridge,
         unexplained=learned.unexplained(mapping),
         validation_unexplained=held_out.unexplained(mapping),
-        validation_before=per,
-        validation_after=per * held_out.unexplained(mapping),
+        validation_before=before,
+        validation_after=after,
         seconds=time.perf_counter() - started,
         device=str(model.device),
         compute="bfloat16 autocast" if reading.autocast else str(model.dtype).removeprefix("torch."),

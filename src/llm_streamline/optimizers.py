@@ -9,12 +9,15 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from llm_streamline.precision import multiplies_bfloat16
 
 if TYPE_CHECKING:
     from llm_streamline.recipe import Recipe
 
 ADAMW, MUON = "adamw", "muon"
+AS_ADAMW = "match_rms_adamw"  # what makes Muon's steps of the size of AdamW's
 MANY_STEPS = 250
 RATES = {ADAMW: (2e-3, 5e-3), MUON: (4e-3, 1e-2)}  # at a width of 256, and at most
 
@@ -57,8 +60,43 @@ def _of_one_pace(name: str, weights: Sequence[nn.Parameter], lr: float, decay: f
     if name == ADAMW or not matrices:
         return torch.optim.AdamW(weights, lr=lr, weight_decay=decay, fused=True)
     others = [weight for weight in weights if weight.ndim != 2]
-    muon = torch.optim.Muon(matrices, lr=lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+    fast = multiplies_bfloat16(str(matrices[0].device))
+    kind = torch.optim.Muon if fast else Float32Muon
+    muon = kind(matrices, lr=lr, weight_decay=decay, adjust_lr_fn=AS_ADAMW)
     return Several([muon, *([torch.optim.AdamW(others, lr=lr, weight_decay=decay, fused=True)] if others else [])])
+
+
+class Float32Muon(torch.optim.Muon):
+    """torch's Muon with steps computed in float32: its own are in bfloat16, which some processors only emulate."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            assert group["adjust_lr_fn"] == AS_ADAMW
+            for weight in [weight for weight in group["params"] if weight.grad is not None]:
+                state = self.state[weight]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(weight.grad)
+                held = state["momentum_buffer"].lerp_(weight.grad, 1 - group["momentum"])
+                update = weight.grad.lerp(held, group["momentum"]) if group["nesterov"] else held
+                turned = orthogonal(update, group["ns_coefficients"], group["ns_steps"], group["eps"])
+                weight.mul_(1 - group["lr"] * group["weight_decay"])
+                weight.add_(turned, alpha=-group["lr"] * 0.2 * max(weight.shape) ** 0.5)
+
+
+def orthogonal(matrix: Tensor, coefficients: Sequence[float], steps: int, eps: float) -> Tensor:
+    """A matrix of about the same row and column spaces whose singular values are all near 1, by Newton and Schulz.
+
+    The quintic iteration of Muon: X <- a X + (b X X' + c (X X')^2) X, from X of norm 1.
+    """
+    a, b, c = coefficients
+    tall = matrix.shape[0] > matrix.shape[1]
+    found = matrix.T if tall else matrix
+    found = found / found.norm().clamp(min=eps)
+    for _ in range(steps):
+        gram = found @ found.T
+        found = torch.addmm(found, torch.addmm(gram, gram, gram, beta=b, alpha=c), found, beta=a)
+    return found.T if tall else found
 
 
 class Several(torch.optim.Optimizer):

@@ -45,8 +45,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     # LaCo, arXiv 2402.11187: theirs merges several runs, from the top down, each as long as the last state stays alike
     # enough on a few sentences; here it is one window
     "laco": {**DELETED, "replace": "merged"},
-    # ReplaceMe, arXiv 2505.02819: least squares, folded. Its form for a cosine objective is not here
+    # ReplaceMe, arXiv 2505.02819: least squares, folded; its cosine objective, in a few passes where theirs takes 10
+    # epochs of Adam
     "replaceme": {**DELETED, "replace": "linear", "loss": "mse", "protect_first": 1},
+    "replaceme-cosine": {**DELETED, "replace": "linear", "loss": "cosine", "protect_first": 1},
     # LinearPatch, NeurIPS 2025, without its training of the patch. Theirs lies between two layers, ours is in one's
     # place; the rotation for a width that is no power of two is ours
     "linearpatch": {**DELETED, "replace": "linear:patch"},

@@ -26,6 +26,7 @@ from llm_streamline.lock import LOCK
 from llm_streamline.memory import memory_limit
 from llm_streamline.offload import is_offloaded, round_stored, stored_weights
 from llm_streamline.parallel import ALONE, World
+from llm_streamline.precision import multiplies_bfloat16
 from llm_streamline.progress import say
 from llm_streamline.recipe import Recipe, Runtime
 from llm_streamline.recipe_file import changed_keys, read_yaml, to_yaml
@@ -140,14 +141,6 @@ def check_deletable(folder: Path, contents: set[str], recipe: Recipe) -> None:
         path = Path(re.sub(r"@[\d.]+$|[^/]*[*?\[].*$", "", name))  # without a share; of a pattern, its folder
         if path.exists() and path.resolve().is_relative_to(folder.resolve()):
             raise UserError(f"--fresh would delete {name}, which this run reads; give another -o.")
-
-
-def multiplies_bfloat16(device: str) -> bool:
-    """Whether the device's products of bfloat16 matrices are fast ones."""
-    if device.startswith("cuda"):
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    tests = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    return any(getattr(torch.cpu, test, lambda: False)() for test in tests)
 
 
 class Workspace:
