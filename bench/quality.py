@@ -3,7 +3,9 @@
 `python -m bench.quality ROWS --model MODEL --data TEXT.jsonl --heldout TEXT.jsonl --questions TASK.jsonl
     [--methods NAME ...] [--remove 25% 42%] [--seeds 0 1 2] [--tokens 500k]`
 
-adds to the folder ROWS what is not there yet, one file per row, so that it can be stopped at any time;
+adds to the folder ROWS what is not there yet, one file per row, so that it can be stopped at any time, and says how
+long the rest will take. A night on 2 cores (two at a time, with other --seeds and OMP_NUM_THREADS=1) holds all methods
+of a model of 10 million parameters at one share;
 `python -m bench.quality_table ROWS` prints what has come in. Rows that have been measured lie in `bench/measured`.
 Without --heldout a row is judged on the validation part of the training text alone, which is what settings are chosen
 by.
@@ -18,19 +20,20 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from bench.depths import Peak
-from bench.rows import SUFFIX, write_row
+from bench.rows import SUFFIX, read_row, write_row
 from llm_streamline import compress, run, selection
 from llm_streamline.checkpoint import Source, context_length, load_model, load_tokenizer
 from llm_streamline.errors import UserError
 from llm_streamline.families import layers_of
 from llm_streamline.memory import held, release
 from llm_streamline.precision import multiplies_bfloat16
+from llm_streamline.progress import say
 from llm_streamline.recipe import Recipe, Runtime
 from llm_streamline.records import Fit, runs_of
 from llm_streamline.scoring.perplexity import token_losses
@@ -141,6 +144,43 @@ def shortened(values: dict[str, Any], scratch: Path, judge: Judge) -> dict[str, 
     return row
 
 
+class Wanted(NamedTuple):
+    """A row that is to be measured."""
+
+    file: Path
+    name: str
+    remove: str
+    seed: int
+    values: dict[str, Any]
+
+
+def missing(options: argparse.Namespace) -> list[Wanted]:
+    """The rows that were asked for and are not there, all methods of one seed and share in a row."""
+    found = []
+    for seed in options.seeds:
+        for remove in options.remove:
+            for name, values in map(given, options.methods):
+                file = options.rows / f"{name}-{remove.rstrip('%')}-{seed}{SUFFIX}"
+                base = {"model": options.model, "data": options.data, "remove": remove, "seed": seed}
+                base |= {"tokens": options.tokens}
+                found.append(Wanted(file, name, remove, seed, {**base, **values}))
+    return [one for one in found if not one.file.exists()]
+
+
+def outlook(folder: Path, left: list[Wanted]) -> str:
+    """How many rows are to go, and how long they take by what those that are there took."""
+    known: dict[str, list[float]] = {}
+    for file in folder.glob(f"*{SUFFIX}"):
+        row = read_row(file)
+        if "seconds" in row:
+            known.setdefault(row["method"], []).append(row["seconds"])
+    if not known:
+        return f"{len(left)} rows to go"
+    means = {name: sum(own) / len(own) for name, own in known.items()}
+    usual = sum(means.values()) / len(means)
+    return f"{len(left)} rows to go, about {sum(means.get(one.name, usual) for one in left) / 3600:.1f} h"
+
+
 def add_rows(options: argparse.Namespace) -> None:
     options.rows.mkdir(parents=True, exist_ok=True)
     remember()
@@ -148,22 +188,17 @@ def add_rows(options: argparse.Namespace) -> None:
     dense = options.rows / f"{DENSE}{SUFFIX}"
     if not dense.exists():
         write_row(dense, {"method": DENSE, **judge.row(load_model(Source(options.model), torch.float32))})
-    for seed in options.seeds:
-        for remove in options.remove:
-            for name, values in map(given, options.methods):
-                file = options.rows / f"{name}-{remove.rstrip('%')}-{seed}{SUFFIX}"
-                if file.exists():
-                    continue
-                base = {"model": options.model, "data": options.data, "remove": remove, "seed": seed}
-                base |= {"tokens": options.tokens}
-                with tempfile.TemporaryDirectory() as scratch:
-                    try:
-                        row = shortened({**base, **values}, Path(scratch), judge)
-                    except UserError as error:
-                        print(f"{file.name}: {error}", file=sys.stderr)
-                        continue
-                write_row(file, {"method": name, "remove": remove, "seed": seed, **row})
-                print(f"{file.name}: excess {row['validation']:.4f} nats, {row['seconds']:.0f} s", file=sys.stderr)
+    wanted = missing(options)
+    for number, one in enumerate(wanted):
+        say(outlook(options.rows, wanted[number:]), False)
+        with tempfile.TemporaryDirectory() as scratch:
+            try:
+                row = shortened(one.values, Path(scratch), judge)
+            except UserError as error:
+                say(f"{one.file.name}: {error}", False)
+                continue
+        write_row(one.file, {"method": one.name, "remove": one.remove, "seed": one.seed, **row})
+        say(f"{one.file.name}: excess {row['validation']:.4f} nats, {row['seconds']:.0f} s", False)
 
 
 def flags(description: str | None) -> argparse.ArgumentParser:

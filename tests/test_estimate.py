@@ -187,3 +187,8 @@ def test_the_default_batch_leaves_room_for_the_layers_above():
     assert few < many
     assert layers_above(Recipe(model="m", loss="kl", window="21:30"), 32) == 2
     assert layers_above(Recipe(model="m", loss="kl", replace="none"), 32) == layers_above(near, 32) == 0
+
+
+def test_cosines_are_solved_for_in_several_passes():
+    once, often = (stages(workspace("bundled", replace="linear", loss=loss)) for loss in ("mse", "cosine"))
+    assert often["closed form"].tokens == 6 * once["closed form"].tokens

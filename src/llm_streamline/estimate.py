@@ -240,7 +240,7 @@ def _closed_form(sizes: Sizes, model: int, offloaded: bool) -> Stage:
         on_device=True,
         memory=model + waiting + max(passing(sizes, tokens, offloaded), states) + solving,
         disk=4 * sizes.width**2,
-        tokens=sizes.training + sizes.validation,
+        tokens=sizes.solved * (sizes.training + sizes.validation),
     )
 
 

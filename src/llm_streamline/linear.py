@@ -35,6 +35,7 @@ from llm_streamline.folding import FoldedLayer
 from llm_streamline.forward import mlp_outputs
 from llm_streamline.memory import FORWARD_TOKENS
 from llm_streamline.moments import Moments
+from llm_streamline.objective import passes_to_solve
 from llm_streamline.parallel import ALONE, World
 from llm_streamline.passages import passages_of
 from llm_streamline.patch import Magnitudes, patch_map
@@ -45,7 +46,6 @@ from llm_streamline.replacement import ReplacementLayers
 if TYPE_CHECKING:
     from llm_streamline.workspace import RunFolder, Workspace
 
-TURNS = 3  # passes over the text after the first, for a loss of cosines
 SHORTEST = 1e-2  # the least length that a token's state is scaled to, as a share of its own
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # of the mean square of a coordinate
 MAP = "map"  # the name of I + S in the file
@@ -174,7 +174,7 @@ def solve_window(
     started = time.perf_counter()
     mapping: Tensor | None = None
     ridge: float | None = None
-    for _ in range(1 + (TURNS if reading.loss == "cosine" else 0)):
+    for _ in range(passes_to_solve(reading.loss)):
         learned, held_out = (
             window_moments(model, window, blocks, reading, world, mapping) for blocks in (training, validation)
         )

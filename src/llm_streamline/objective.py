@@ -21,6 +21,7 @@ STATES = ("nmse", "mse", "cosine")  # of the hidden states at the window's end
 ABOVE = ("kl", "lm")  # of the logits, through the frozen layers above the window
 LOSS, STATES_ONLY = "nmse:0.3,kl:0.7", "nmse"  # defaults, as measured (docs/decisions/0009-losses.md)
 WHOLE = Fraction(1)
+TURNS = 5  # passes after the first
 _SHARE = re.compile(r"(.+):(0?\.\d+)")
 _TOP = re.compile(r"kl:(\d+)")
 
@@ -113,6 +114,11 @@ def _part(text: str) -> Part:
     if int(match[1]) < 2:
         raise ValueError(f"{text} compares fewer than two tokens; write kl:2 or more, or kl for all")
     return Part("kl", int(match[1]))
+
+
+def passes_to_solve(loss: str) -> int:
+    """How often the text is read for the linear map of a loss of states, which all but cosines give in closed form."""
+    return 1 + TURNS if loss == "cosine" else 1
 
 
 def check_loss(text: str | None) -> str | None:

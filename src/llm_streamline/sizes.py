@@ -9,6 +9,7 @@ from llm_streamline.checkpoint import context_length
 from llm_streamline.families import inner_width, layers_of
 from llm_streamline.heal import parse_heal
 from llm_streamline.memory import FORWARD_TOKENS, alive_layers, default_batch, layers_above
+from llm_streamline.objective import passes_to_solve
 from llm_streamline.optimizers import MUON, optimizer_for
 from llm_streamline.ranking import SHORTLIST
 from llm_streamline.records import FOLDED
@@ -39,7 +40,7 @@ class Sizes:
     heal_batch: int  # sequences of a micro-batch
     heal_logits: int
     healing: int  # tokens
-    solved: bool  # whether it is had in closed form
+    solved: int  # passes over the text by which it is had in closed form; 0 where it is trained
     above: int  # frozen layers that gradients pass on their way to the lowest stand-in, at most
     logits: int  # made at once for it; 0 where it looks at hidden states alone
     rounds: int  # of removal and training
@@ -86,7 +87,7 @@ def sizes_of(work: Workspace, offloaded: bool = False) -> Sizes:
         trained=(shape.network or layer) * (1 if recipe.replace == FOLDED else occupied),
         **_remembered(work, blocks // recipe.rounds),
         **_healing(work, blocks, tokens),
-        solved=recipe.solved,
+        solved=passes_to_solve(recipe.loss_used) if recipe.solved else 0,
         above=layers_above(recipe, shape.num_layers),
         logits=min(chunk_positions(batch, vocabulary), block) * batch * vocabulary if looks_through else 0,
         rounds=recipe.rounds,
