@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 
-.PHONY: demo test bench format clean
+.PHONY: demo test matrix bench format clean
 .DELETE_ON_ERROR:
 
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -28,6 +28,11 @@ test: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
+
+matrix: $(VENV)/installed-dev
+	$(OFFLINE) OMP_NUM_THREADS=1 STREAMLINE_MATRIX=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal \
+		tests/test_families.py tests/test_linear.py tests/test_above.py tests/test_forward.py tests/test_analyze.py \
+		tests/test_replacement.py tests/test_train.py tests/test_upper.py tests/test_offload.py
 
 bench: $(VENV)/installed-dev
 	$(OFFLINE) $(BIN)/python -m bench

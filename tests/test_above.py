@@ -38,7 +38,7 @@ def in_this_process(monkeypatch):
     monkeypatch.setattr(assemble_module, "verify", oracle.check)
 
 
-@pytest.mark.parametrize("name", tiny.CONFIGS)
+@pytest.mark.parametrize("name", tiny.NAMES)
 def test_the_norm_is_what_the_last_layer_leads_to(name):
     model, seen = tiny.make_model(name), {}
     norm = final_norm(model)

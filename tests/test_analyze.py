@@ -36,7 +36,7 @@ def expected(model, ids, start: int, stop: int) -> tuple[float, float, float]:
     return float(cosines.mean()), float(cosines.std() / math.sqrt(len(ids))), float(changes.mean())
 
 
-@pytest.mark.parametrize("name", tiny.CONFIGS)
+@pytest.mark.parametrize("name", tiny.NAMES)
 def test_every_pair_of_boundaries_equals_a_computation_with_hooks(name):
     model, ids = tiny.make_model(name), tiny.random_ids(5, 24)
     found = analyze(model, ids, batch=2)

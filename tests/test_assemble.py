@@ -90,7 +90,7 @@ def test_tokenizer_settings_map_and_manifest_travel_along(published):
     assert (folder / "generation_config.json").is_file()
 
 
-@pytest.mark.parametrize("name", tiny.CONFIGS)
+@pytest.mark.parametrize("name", tiny.VARIED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_tied_weights_are_stored_once_in_the_asked_format(name, dtype, tmp_path, in_this_process):
     parts = make_parts(name)

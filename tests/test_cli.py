@@ -17,9 +17,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from llm_streamline import assemble as assemble_module
 from llm_streamline import oracle, text
+from llm_streamline.checkpoint import Source
 from llm_streamline.cli import COMMANDS, main
 from llm_streamline.families import FAMILIES, layers_of
 from tests import tiny
+from tests.test_adapters import adapter_of
 
 
 @pytest.fixture
@@ -81,6 +83,7 @@ def write_items(folder: Path) -> None:
     (folder / "task.json").write_text(json.dumps({str(number): row for number in range(9)}))
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")  # which peft still asks for
 def test_every_examples_of_the_help_pages_runs(cli, monkeypatch):
     for name in ("CALIBRATION_TOKENS", "VALIDATION_TOKENS"):
         monkeypatch.setattr(text, name, 4096)
@@ -91,6 +94,7 @@ def test_every_examples_of_the_help_pages_runs(cli, monkeypatch):
     question = {"query": "Where is Mark? Answer:", "choices": ["Mark is in the harbour", "the box is blue"], "gold": 0}
     Path("questions.jsonl").write_text("".join(json.dumps({"id": i, **question}) + "\n" for i in range(3)))
     tiny.write_jsonl(Path("text.jsonl"), ["Nina is in the library.", "The drum went to Nina."])
+    adapter_of(Source("bundled").path, Path("lora-of-bundled"))
     for line in lines:
         if line.split()[1] == "demo":
             continue  # tests/test_demo.py runs it
@@ -254,7 +258,7 @@ def not_finite(folder):
         (config_of(model_type="bert", architectures=["BertLMHeadModel"]), "'bert' is an encoder, and not proven"),
         (config_of(model_type="minimax"), "'minimax' is computed with the number of each layer"),
         (config_of(model_type="gpt2", scale_attn_by_inverse_layer_idx=True), "scaled by the layer's number"),
-        (config_of(model_type="stablelm", num_hidden_layers=2), r"at model.layers: it can be added .*CONTRIBUTING.md"),
+        (config_of(model_type="doge", num_hidden_layers=2), r"at model.layers: it can be added .*CONTRIBUTING.md"),
         (change_config(model_type="nosuchmodel"), "cannot be used"),
         (remote_code, "allow it with --trust-remote-code"),
         (pickled, "allow them with --allow-pickle"),

@@ -114,6 +114,13 @@ def is_sparse(config, layer: int) -> bool:
     return layer not in config.mlp_only_layers and (layer + 1) % config.decoder_sparse_step == 0
 
 
+def windows_of(name: str) -> list[Window]:
+    """All of them; where a family adds no new way of meeting a model, a third that shifts from one to the next."""
+    if tiny.MATRIX or name in tiny.VARIED:
+        return WINDOWS
+    return WINDOWS[list(tiny.CONFIGS).index(name) % 3 :: 3]
+
+
 def test_every_family_has_a_tiny_configuration():
     assert {config.model_type for config in tiny.CONFIGS.values()} == set(FAMILIES)
 
@@ -122,11 +129,12 @@ def test_every_family_has_a_tiny_configuration():
 def test_cut_is_the_source_with_the_layers_skipped(name, tmp_path):
     model, ids = tiny.make_model(name), tiny.random_ids(2, 40)
     assert (sliding_window(model.config) or 0) + 6 < 20, "prompts outrun the window"
-    for window in WINDOWS:
+    for window in windows_of(name):
         loaded = cut_and_loaded(model, window, tmp_path)
         check_config(model.config, loaded.config, window)
         check_logits(model, loaded, window, ids)
-        check_generation(loaded, ids[:, :20])
+        if len(window) == 3:  # logits tell a wrong cut; what a cache adds is the layers' numbers, whichever they are
+            check_generation(loaded, ids[:, :20])
 
 
 def only_the_count(config, sources):
@@ -254,7 +262,7 @@ def test_inherited_layers_are_bit_equal_to_the_first_pruned_ones(name, occupied)
     built, counts = build(Parts(model, plan, inherited, None), torch.float32)
     for key, value in layers_of(model)[2].state_dict().items():
         assert torch.equal(layers_of(built)[2].state_dict()[key], value), key
-    assert counts["replaced"] == occupied * len(layers_of(model)[2].state_dict())
+    assert counts["replaced"] == sum(len(layer.state_dict()) for layer in layers_of(model)[2 : 2 + occupied])
     assert sum(counts.values()) == len(model.state_dict())
     assert built.num_parameters() == plan.parameters_after
 
@@ -301,8 +309,10 @@ def test_config_keys_that_depend_on_layer_numbers_are_sliced():
         (AutoConfig.for_model("mamba"), "state-space"),
         (AutoConfig.for_model("diffllama"), "computed with the number of each layer"),
         (AutoConfig.for_model("gemma3n_text"), "share keys and values"),
-        (AutoConfig.for_model("gptj", n_layer=2, n_embd=64, n_head=4, rotary_dim=8), r"not proven .*transformer.h: it"),
-        (AutoConfig.for_model("codegen", n_head=5), r"not proven to survive the removal of layers; give another"),
+        (AutoConfig.for_model("ctrl", n_layer=2, n_embd=64, n_head=4), r"not proven .*transformer.h: it"),
+        (AutoConfig.for_model("dbrx"), r"not proven to survive the removal of layers; give another"),
+        (AutoConfig.for_model("modernbert-decoder"), "first or last layer is unlike the others"),
+        (AutoConfig.for_model("ernie4_5_moe", moe_layer_interval=2), "moe_layer_interval 2 is not proven"),
         (AutoConfig.for_model("gpt2", scale_attn_by_inverse_layer_idx=True), "scaled by the layer's number"),
         (AutoConfig.for_model("gpt2", add_cross_attention=True), "an encoder; give"),
         (AutoConfig.for_model("gemma2", use_bidirectional_attention=True), "see later ones"),

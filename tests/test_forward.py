@@ -10,7 +10,7 @@ from tests import tiny
 from tests.test_train import WINDOW, trainer
 
 
-@pytest.mark.parametrize("name", tiny.CONFIGS)
+@pytest.mark.parametrize("name", tiny.NAMES)
 @pytest.mark.parametrize("occupied", [1, 2])
 def test_the_replacement_computes_in_training_what_it_computes_in_the_model(name, occupied):
     found, ids = trainer(name, occupied, init="random"), tiny.random_ids(2, 32)
@@ -26,7 +26,7 @@ def test_the_replacement_computes_in_training_what_it_computes_in_the_model(name
     torch.testing.assert_close(seen[0], in_training, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", tiny.CONFIGS)
+@pytest.mark.parametrize("name", tiny.NAMES)
 def test_later_tokens_change_nothing_earlier(name):
     found, ids = trainer(name), tiny.random_ids(2, 32)
     changed = ids.clone()
@@ -39,7 +39,7 @@ def test_later_tokens_change_nothing_earlier(name):
     assert (states[0][:, 20:] - states[1][:, 20:]).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("name", tiny.CONFIGS)
+@pytest.mark.parametrize("name", tiny.NAMES)
 @pytest.mark.parametrize("window", [Window(start=0, stop=2), Window(start=3, stop=tiny.LAYERS)])
 def test_a_window_is_run_between_its_boundaries_and_nothing_above(name, window):
     model, ids = tiny.make_model(name), tiny.random_ids(2, 16)

@@ -35,7 +35,7 @@ def pair(request, tmp_path):
     return (load_model(Source(str(folder)), torch.float32, offload=place) for place in (None, tmp_path / "rewritten"))
 
 
-every = pytest.mark.parametrize("pair", list(tiny.CONFIGS), indirect=True)
+every = pytest.mark.parametrize("pair", tiny.NAMES, indirect=True)
 some = pytest.mark.parametrize("pair", ["llama", "gpt2", "gemma2", "qwen3_moe"], indirect=True)
 
 
@@ -49,7 +49,7 @@ def test_layer_by_layer_is_the_model_to_the_bit(pair):
     assert all(parameter.is_meta for parameter in layers_of(stored).parameters()), "weights were let go of"
 
 
-@pytest.mark.parametrize("name", list(tiny.CONFIGS))
+@pytest.mark.parametrize("name", list(tiny.VARIED))
 def test_a_stored_model_in_bfloat16_is_the_loaded_one(name, tmp_path):
     folder = tiny.make_folder(tmp_path / "model", name)
     held = load_model(Source(str(folder)), torch.bfloat16)

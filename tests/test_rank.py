@@ -292,7 +292,7 @@ def test_every_preset_keeps_the_papers_choice():
     from llm_streamline.presets import PRESETS
 
     for preset in PRESETS:
-        kept = {"shortgpt": "influence", "sleb": "greedy"}.get(preset, "cosine")
+        kept = {"shortgpt": "influence", "sleb": "greedy", "last-n-head": "last"}.get(preset, "cosine")
         assert Recipe(model="m", preset=preset, custom_code=True).select == kept
     assert Recipe(model="m").select is None and Recipe(model="m", preset="paper", select="loss").select == "loss"
 

@@ -53,7 +53,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 TWO = ["llama", "opt", "gemma2", "qwen3_moe"]  # of which two layers are trained, too
 
 
-@pytest.mark.parametrize(("name", "occupied"), [*((name, 1) for name in tiny.CONFIGS), *((name, 2) for name in TWO)])
+@pytest.mark.parametrize(("name", "occupied"), [*((name, 1) for name in tiny.NAMES), *((name, 2) for name in TWO)])
 def test_training_lowers_the_loss_and_touches_only_the_replacement(name, occupied):
     found = trainer(name, occupied, init="random", lr=3e-3)
     before = {key: value.clone() for key, value in found.model.state_dict().items()}

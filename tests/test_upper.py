@@ -36,7 +36,7 @@ def model_of(name: str, dtype: torch.dtype) -> torch.nn.Module:
     return tiny.make_model(name, dtype).requires_grad_(False)
 
 
-@pytest.mark.parametrize("name", list(tiny.CONFIGS))
+@pytest.mark.parametrize("name", tiny.NAMES)
 def test_logits_of_slices_through_the_layers_above_are_the_models_own(name):
     model = model_of(name, torch.float32)
     upper = Upper(model, WINDOW.stop, autocast=False)

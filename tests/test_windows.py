@@ -99,7 +99,7 @@ def test_a_plan_of_two_windows():
     assert plan.parameters_after == SHAPE.total - 30 and plan.plain_parameters == SHAPE.total - 30
     assert len(plan.plain_window) == 3 and plan.span == Window(start=1, stop=7)
     assert list(map(str, plan.cuts())) == ["1:2", "3:4"]
-    assert [new for new in range(5) if Heal("layers", 1).near(new, plan)] == [0, 1, 2, 3, 4]
+    assert [new for new in range(5) if Heal("layers", 1).whole(new, plan)] == [0, 1, 2, 3, 4]
     assert verdict.removed(plan).startswith(
         "Layers 1 to 3 and 5 to 6 (5 of 8) are gone; one trained layer of the model's own kind stands in the place of"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import random
 from pathlib import Path
 
@@ -62,10 +63,23 @@ _ROPE_PER_KIND = {
     "full_attention": {"rope_type": "default", "rope_theta": 1e6},
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
 }
+_LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8}
+_ROUTED = {
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "first_k_dense_replace": 2,
+    "n_group": 1,
+    "topk_group": 1,
+}
+_SOME_DENSE = ["dense", "sparse", "sparse", "dense", "dense", "sparse"]
+_YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": CONTEXT // 2}
+_PLAIN_ROPE = {"rope_type": "default", "rope_theta": 1e4}
 _NEW_FALCON = {"new_decoder_architecture": True, "num_kv_heads": 2}
 
 # name -> configuration; several per family where an option changes how its layers are put together
-CONFIGS: dict[str, PretrainedConfig] = {
+VARIED: dict[str, PretrainedConfig] = {
     "llama": _llama(),
     "llama-tied": _llama(tie_word_embeddings=True, attention_bias=True, mlp_bias=True),
     "mistral": _like_llama("mistral", sliding_window=_WINDOW, head_dim=12),
@@ -136,10 +150,211 @@ CONFIGS: dict[str, PretrainedConfig] = {
 }
 
 
+# the same for families that add no other way of meeting a model: of these the daily tests run a part of the checklist
+_MORE: dict[str, PretrainedConfig] = {
+    "qwen2_moe": _like_llama(
+        "qwen2_moe",
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=24,
+        shared_expert_intermediate_size=40,
+        mlp_only_layers=[0, 4],
+        **_QWEN_WINDOW,
+    ),
+    "olmoe": _like_llama("olmoe", num_experts=4, num_experts_per_tok=2),
+    "phimoe": _like_llama("phimoe", num_local_experts=4, sliding_window=_WINDOW),
+    "gpt_oss": _like_llama(
+        "gpt_oss",
+        rope_parameters=_YARN,
+        head_dim=8,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        layer_types=_ALTERNATING,
+        sliding_window=_WINDOW,
+    ),
+    "minimax_m2": _like_llama("minimax_m2", head_dim=8, num_local_experts=4, num_experts_per_tok=2),
+    "hunyuan_v1_moe": _like_llama("hunyuan_v1_moe", head_dim=8, num_experts=4, moe_topk=[1, 2, 2, 1, 2, 2]),
+    "deepseek_v2": _like_llama(
+        "deepseek_v2",
+        num_key_value_heads=4,
+        **_LATENT,
+        n_routed_experts=4,
+        n_shared_experts=1,
+        num_experts_per_tok=2,
+        moe_intermediate_size=24,
+        first_k_dense_replace=2,
+        topk_method="greedy",
+    ),
+    "deepseek_v3": _like_llama("deepseek_v3", num_key_value_heads=4, **_LATENT, **_ROUTED),
+    "glm4_moe": _like_llama("glm4_moe", head_dim=8, use_qk_norm=True, **_ROUTED),
+    "dots1": _like_llama("dots1", head_dim=8, layer_types=_ALTERNATING, sliding_window=_WINDOW, **_ROUTED),
+    "solar_open": _like_llama("solar_open", head_dim=8, **{**_ROUTED, "first_k_dense_replace": 0}),
+    "exaone_moe": _like_llama(
+        "exaone_moe",
+        head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+        num_shared_experts=1,
+        moe_intermediate_size=24,
+        n_group=1,
+        topk_group=1,
+        layer_types=_ALTERNATING,
+        sliding_window=_WINDOW,
+        mlp_layer_types=_SOME_DENSE,
+    ),
+    "ernie4_5_moe": _like_llama(
+        "ernie4_5_moe",
+        moe_num_experts=4,
+        moe_k=2,
+        moe_num_shared_experts=1,
+        moe_intermediate_size=24,
+        moe_layer_start_index=1,
+        moe_layer_end_index=4,
+        moe_layer_interval=1,
+    ),
+    "flex_olmo": _like_llama("flex_olmo", num_experts=4, num_experts_per_tok=2),
+    "granitemoe": _like_llama("granitemoe", num_local_experts=4, num_experts_per_tok=2, residual_multiplier=0.5),
+    "granitemoeshared": _like_llama(
+        "granitemoeshared", num_local_experts=4, num_experts_per_tok=2, shared_intermediate_size=48
+    ),
+    "jetmoe": _like_llama("jetmoe", num_local_experts=4, num_experts_per_tok=2, kv_channels=8),
+    "gemma": _like_llama("gemma", head_dim=8),
+    "vaultgemma": _gemma("vaultgemma"),
+    "apertus": _like_llama("apertus"),
+    "arcee": _like_llama("arcee", attention_bias=True, mlp_bias=True),
+    "bitnet": _like_llama("bitnet"),
+    "cohere": _like_llama("cohere", use_qk_norm=True),
+    "cwm": _like_llama(
+        "cwm", head_dim=8, layer_types=_ALTERNATING, sliding_window=_WINDOW, rope_parameters=_PLAIN_ROPE
+    ),
+    "ernie4_5": _like_llama("ernie4_5", head_dim=8, use_bias=True),
+    "exaone4": _like_llama("exaone4", layer_types=_ALTERNATING, sliding_window=_WINDOW),
+    "glm": _like_llama("glm", head_dim=8),
+    "glm4": _like_llama("glm4", head_dim=8),
+    "granite_swa": _like_llama("granite_swa", layer_types=_ALTERNATING, sliding_window=_WINDOW),
+    "helium": _like_llama("helium", head_dim=8),
+    "hunyuan_v1_dense": _like_llama("hunyuan_v1_dense", head_dim=8),
+    "hyperclovax": _like_llama("hyperclovax"),
+    "jais2": _like_llama("jais2"),
+    "internlm3": _like_llama("internlm3", head_dim=8),
+    "iquestcoder": _like_llama("iquestcoder", head_dim=8),
+    "ministral": _like_llama("ministral", head_dim=8, layer_types=_ALTERNATING, sliding_window=_WINDOW),
+    "ministral3": _like_llama("ministral3", head_dim=8, rope_parameters={**_YARN, "llama_4_scaling_beta": 0.1}),
+    "minicpm3": _like_llama("minicpm3", num_key_value_heads=4, **_LATENT),
+    "nanochat": _like_llama("nanochat"),
+    "nemotron": _like_llama("nemotron"),
+    "olmo": _like_llama("olmo", clip_qkv=0.5),
+    "olmo3": _like_llama("olmo3", layer_types=_ALTERNATING, sliding_window=_WINDOW),
+    "seed_oss": _like_llama("seed_oss", head_dim=8),
+    "stablelm": _like_llama("stablelm", use_qkv_bias=True),
+    "youtu": _like_llama("youtu", num_key_value_heads=4, **_LATENT),
+    "stablelm-parallel": _like_llama("stablelm", use_parallel_residual=True, qk_layernorm=True),
+    "gpt_bigcode-heads": _config("gpt_bigcode", n_inner=64, multi_query=False, tie_word_embeddings=False),
+    "hyperclovax-no-norm": _like_llama("hyperclovax", use_post_norm=False),
+    "deepseek_v3-no-lora": _like_llama(
+        "deepseek_v3", num_key_value_heads=4, **{**_LATENT, "q_lora_rank": None}, **_ROUTED
+    ),
+    "persimmon": _config("persimmon", intermediate_size=64),
+    "biogpt": _config("biogpt", intermediate_size=64),
+    "xglm": AutoConfig.for_model(
+        "xglm",
+        vocab_size=VOCABULARY,
+        d_model=32,
+        ffn_dim=64,
+        num_layers=LAYERS,
+        attention_heads=4,
+        max_position_embeddings=CONTEXT,
+        init_std=0.15,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    ),
+    "codegen": _config("codegen", rotary_dim=4, n_inner=64),
+    "gptj": _config("gptj", rotary_dim=4, n_inner=64),
+    "gpt_bigcode": _config("gpt_bigcode", n_inner=64),
+    "mpt": _config("mpt", max_seq_len=CONTEXT, expansion_ratio=2),
+    "llama4_text": _like_llama(
+        "llama4_text",
+        head_dim=8,
+        intermediate_size_mlp=64,
+        num_local_experts=4,
+        moe_layers=[1, 3, 4],
+        no_rope_layers=[1, 0, 0, 1, 1, 0],
+    ),
+    "granitemoe_swa": _like_llama(
+        "granitemoe_swa",
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        shared_intermediate_size=48,
+        layer_types=_ALTERNATING,
+        sliding_window=_WINDOW,
+    ),
+    "glm4_moe_lite": _like_llama(
+        "glm4_moe_lite", num_key_value_heads=4, **_LATENT, **_ROUTED, mlp_layer_types=_SOME_DENSE
+    ),
+    "mellum": _like_llama(
+        "mellum",
+        head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=24,
+        mlp_layer_types=_SOME_DENSE,
+        layer_types=_ALTERNATING,
+        sliding_window=_WINDOW,
+    ),
+    "cohere2_moe": _like_llama(
+        "cohere2_moe",
+        head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+        num_shared_experts=1,
+        prefix_dense_intermediate_size=48,
+        mlp_layer_types=_SOME_DENSE,
+        layer_types=_ALTERNATING,
+        sliding_window=_WINDOW,
+    ),
+    "afmoe": _like_llama(
+        "afmoe",
+        head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+        num_shared_experts=1,
+        moe_intermediate_size=24,
+        num_dense_layers=2,
+        layer_types=_ALTERNATING,
+        sliding_window=_WINDOW,
+    ),
+    "hy_v3": _like_llama(
+        "hy_v3",
+        head_dim=8,
+        num_experts=4,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        num_shared_experts=1,
+        moe_intermediate_size=24,
+        mlp_layer_types=_SOME_DENSE,
+    ),
+    "flint": _like_llama(
+        "flint",
+        head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=24,
+        mlp_only_layers=[0, 4],
+        layer_types=_ALTERNATING,
+        sliding_window=_WINDOW,
+    ),
+    "aria_text": _like_llama("aria_text", moe_num_experts=4, moe_topk=2, moe_num_shared_experts=1),
+}
+CONFIGS = VARIED | _MORE
+MATRIX = "STREAMLINE_MATRIX" in os.environ  # `make matrix`: every test of families with every configuration
+NAMES = list(CONFIGS if MATRIX else VARIED)
+
+
 def one_of_each_type() -> list[str]:
-    """The first configuration of every model type."""
+    """The first varied configuration of every model type."""
     first: dict[str, str] = {}
-    for name, config in CONFIGS.items():
+    for name, config in VARIED.items():
         first.setdefault(config.model_type, name)
     return list(first.values())
 

@@ -5,200 +5,25 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import traceback
 from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-from llm_streamline import __version__
+from llm_streamline import __version__, commands
 from llm_streamline.errors import StreamlineError, WorkerLost
-from llm_streamline.flags import NOT_ESTIMATE, NOT_EVALUATE, NOT_SWEEP, ONLY_COMPRESS, command_line, with_flags
+from llm_streamline.flags import NOT_ESTIMATE, NOT_EVALUATE, NOT_SWEEP, ONLY_COMPRESS, with_flags
 from llm_streamline.interruption import stop_at_once
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
-    from llm_streamline.evaluation import Request, Result
-    from llm_streamline.recipe import Recipe, Runtime
-    from llm_streamline.records import Record
-
 _INTERRUPTED = 130
-_WIDE = 160
 
 
 def _examples(*lines: str) -> str:
     """The end of a help page; `tests/test_cli.py` runs every line of it."""
     return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
-
-
-def compress(recipe: Recipe, runtime: Runtime) -> None:
-    """Replace redundant layers and write a verified HuggingFace folder."""
-    from llm_streamline import preview, run
-
-    if runtime.dry_run:
-        plan = preview.plan_only(recipe, runtime)
-        _print(runtime.json_output, plan, [run.describe(plan)])
-        return
-    result = run.compress(recipe, runtime)
-    _print(runtime.json_output, result, _summary(result))
-
-
-def _summary(result: Result) -> list[str | Table]:
-    from llm_streamline import report
-
-    return [
-        report.summary_table(result.plan, result.scores),
-        *report.summary_lines(result),
-        *report.kept_lines(result.evaluation),
-        f"report    {result.report}",
-    ]
-
-
-def sweep(recipe: Recipe, runtime: Runtime) -> None:
-    """Shorten a model at several ratios, --remove 10%,20%,30%, and show what each costs: the paper's Figure 4.
-
-    Every ratio is a run of its own in OUT/remove-RATIO; what an earlier, also an interrupted, sweep in OUT has finished
-    is not repeated. OUT/sweep.json and OUT/sweep.png have all of them.
-    """
-    from llm_streamline import report
-    from llm_streamline.run import describe
-    from llm_streamline.sweep import FIGURE, plans, sweep
-
-    if runtime.dry_run:
-        found = plans(recipe, runtime)
-        as_json = {ratio: json.loads(plan.model_dump_json()) for ratio, plan in found.items()}
-        _print(runtime.json_output, as_json, [f"{ratio:<5} {describe(plan)}" for ratio, plan in found.items()])
-        return
-    done = sweep(recipe, runtime)
-    _print(runtime.json_output, done, [report.sweep_table(done), f"figure    {runtime.output}/{FIGURE}"])
-
-
-def analyze(recipe: Recipe, runtime: Runtime) -> None:
-    """Measure how little every run of layers changes the hidden state.
-
-    With --remove, --max-params or --select, also what each window of that length would cost, by every score.
-    """
-    from llm_streamline import preview, report
-
-    similarity, ranking, folder = preview.analyze_model(recipe, runtime)
-    best = report.window_table(similarity, recipe.protect_first, recipe.protect_last)
-    files = f"similarity.json, similarity.png and heat-map.png are in {folder}"
-    lines = [report.layer_table(similarity), best, *(report.ranking_lines(ranking) if ranking else []), files]
-    both = {"similarity": similarity.model_dump(), "ranking": ranking.model_dump()} if ranking else similarity
-    _print(runtime.json_output, both, lines)
-
-
-def verify(
-    folder: Annotated[Path, typer.Argument(help="A run folder or the model folder in it.")],
-    json_output: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run model code that lies in the folder.")
-    ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the trace of an error.")] = False,
-) -> None:
-    """Check in a fresh process that a folder computes what it should."""
-    from llm_streamline import oracle
-
-    found = oracle.verify(folder, trust_remote_code)
-    lines = [f"problem: {problem}" for problem in found.problems] or [
-        f"verified: logits within {found.logits_error:.1e}, cached = uncached generation, "
-        f"{found.parameters:,} parameters in {found.tensors} tensors"
-    ]
-    _print(json_output, found, [*lines, *(f"limit: {limit}" for limit in found.limits)])
-    if not found.passed:
-        raise typer.Exit(1)
-
-
-def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", help="The run folder.")] = Path("demo-run"),
-    json_output: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the trace of an error.")] = False,
-) -> None:
-    """Shorten the bundled model and ask it questions before and after."""
-    from llm_streamline import demonstration
-    from llm_streamline.recipe import Runtime
-
-    result, answers = demonstration.demo(Runtime(output=output, command=command_line()))
-    line = "accuracy " + " ".join(f"{name} {value:.2f}" for name, value in answers.items())
-    _print(json_output, {"accuracy": answers, **json.loads(result.model_dump_json())}, [*_summary(result), line])
-
-
-def estimate(recipe: Recipe, runtime: Runtime) -> None:
-    """Tell what a run takes before it is begun: memory, disk, tokens and time of every stage.
-
-    From the configuration alone, and a layer of the model's kind that is timed for a moment; no weights are read.
-    """
-    from llm_streamline import preview, report
-
-    found = preview.estimate_only(recipe, runtime)
-    _print(runtime.json_output, found, [report.estimate_table(found), *report.estimate_lines(found)])
-
-
-def families(
-    json_output: Annotated[bool, typer.Option("--json", help="Print the list as JSON on stdout.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the trace of an error.")] = False,
-) -> None:
-    """List the model types that are proven, and why the others are refused."""
-    from rich.table import Table
-
-    from llm_streamline.families import known_families
-
-    found = known_families()
-    table = Table("model_type", "status", "what was proven, or why not")
-    for row in found:
-        table.add_row(*row.values())
-    _print(json_output, found, [table])
-
-
-def stability(
-    before: Annotated[Path, typer.Argument(help="The dense model's items: a file or folder.")],
-    after: Annotated[Path, typer.Argument(help="The shortened model's items on the same tasks.")],
-    json_output: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the trace of an error.")] = False,
-) -> None:
-    """Compare two models' answers, item by item: stability, flips, accuracy.
-
-    Reads our items, lm-eval's samples_*.jsonl and OpenCompass's prediction folders, whichever a path holds.
-    """
-    from llm_streamline.report import macro_lines, stability_lines, stability_table
-    from llm_streamline.scoring.items import read_items
-    from llm_streamline.scoring.stability import compare_tasks, macro
-
-    found = compare_tasks(read_items(before), read_items(after))
-    mean = macro(found)
-    as_json = {"tasks": [json.loads(one.model_dump_json()) for one in found], "macro": mean}
-    _print(json_output, as_json, [stability_table(found), *macro_lines(mean, len(found)), *stability_lines(found)])
-
-
-def evaluate(request: Request, runtime: Runtime) -> None:
-    """Ask models questions and let them predict text, and compare their answers with the dense model's.
-
-    Writes every answer to OUT/items/MODEL/TASK.jsonl, all figures to OUT/evaluation.json, and a page to judge by,
-    OUT/report.html. What an earlier, also an interrupted, evaluation in OUT has finished is not repeated.
-    """
-    from llm_streamline.report import evaluation_lines
-    from llm_streamline.run import evaluate
-
-    found = evaluate(request, runtime)
-    _print(runtime.json_output, found, [*evaluation_lines(found), f"report    {runtime.output}/report.html"])
-
-
-def _print(as_json: bool, record: Record | dict[str, Any] | list[dict[str, str]], lines: list[Any]) -> None:
-    """Results on stdout: as JSON where asked for, else as tables and lines for people."""
-    if as_json:
-        print(json.dumps(record, indent=1) if isinstance(record, (dict, list)) else record.model_dump_json(indent=1))
-        return
-    from rich.console import Console
-
-    width = None if sys.stdout.isatty() else _WIDE  # in a file or pipe nothing has to be cut off
-    console = Console(highlight=False, soft_wrap=True, width=width)
-    for line in lines:
-        console.print(line, markup=False) if isinstance(line, str) else console.print(line)
 
 
 def _version(show: bool) -> None:
@@ -217,7 +42,7 @@ def _common(
 
 COMMANDS: dict[str, tuple[Callable[..., None], str, set[str] | None]] = {
     "compress": (
-        compress,
+        commands.compress,
         _examples(
             "llm-streamline compress bundled --data bundled -o shorter --remove 25% --tokens 20k",
             "llm-streamline compress bundled --data bundled -o cut --window 4:7 --replace none --tasks none",
@@ -226,7 +51,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], str, set[str] | None]] = {
         {"beside"},
     ),
     "sweep": (
-        sweep,
+        commands.sweep,
         _examples(
             "llm-streamline sweep bundled --data bundled --remove 10%,40% --preset paper --dry-run",
             "llm-streamline sweep bundled --data bundled --remove 2,4 --replace none --tasks none -o sweep --json",
@@ -234,7 +59,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], str, set[str] | None]] = {
         NOT_SWEEP,
     ),
     "estimate": (
-        estimate,
+        commands.estimate,
         _examples(
             "llm-streamline estimate bundled --remove 25%",
             "llm-streamline estimate bundled --tokens 20k --memory 1GB --json",
@@ -242,7 +67,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], str, set[str] | None]] = {
         NOT_ESTIMATE,
     ),
     "analyze": (
-        analyze,
+        commands.analyze,
         _examples(
             "llm-streamline analyze bundled --data bundled -o analysis",
             "llm-streamline analyze bundled --data bundled -o analysis --calibration-tokens 20k --json",
@@ -250,9 +75,13 @@ COMMANDS: dict[str, tuple[Callable[..., None], str, set[str] | None]] = {
         ),
         ONLY_COMPRESS,
     ),
-    "verify": (verify, _examples("llm-streamline verify shorter", "llm-streamline verify shorter/model --json"), None),
+    "verify": (
+        commands.verify,
+        _examples("llm-streamline verify shorter", "llm-streamline verify shorter/model --json"),
+        None,
+    ),
     "evaluate": (
-        evaluate,
+        commands.evaluate,
         _examples(
             "llm-streamline evaluate shorter --against bundled --tasks questions.jsonl --text text.jsonl -o eval",
             "llm-streamline evaluate shorter --tasks questions.jsonl --limit 5 -o some --json",
@@ -260,15 +89,20 @@ COMMANDS: dict[str, tuple[Callable[..., None], str, set[str] | None]] = {
         NOT_EVALUATE,
     ),
     "stability": (
-        stability,
+        commands.stability,
         _examples(
             "llm-streamline stability predictions/before predictions/after",
             "llm-streamline stability logs/dense logs/shorter --json",
         ),
         None,
     ),
-    "families": (families, _examples("llm-streamline families", "llm-streamline families --json"), None),
-    "demo": (demo, _examples("llm-streamline demo -o demo-run"), None),
+    "adapter": (
+        commands.adapter,
+        _examples("llm-streamline adapter lora-of-bundled shorter -o lora-of-shorter"),
+        None,
+    ),
+    "families": (commands.families, _examples("llm-streamline families", "llm-streamline families --json"), None),
+    "demo": (commands.demo, _examples("llm-streamline demo -o demo-run"), None),
 }
 
 

@@ -1,15 +1,9 @@
-"""The only file that knows architectures: where the layers are, and which config keys depend on layer numbers.
-
-Adding a family is one row here and one tiny configuration in `tests/tiny.py`; the checklist in
-`tests/test_families.py` then has to pass for it.
-"""
+"""What is asked of a model's architecture: its row in the table, its layers, and the configuration of fewer of them."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -17,163 +11,52 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
+from llm_streamline.architectures import (
+    FAMILIES,
+    INNER_WIDTH_KEYS,
+    LAST_KEYS,
+    LAYER_NUMBER_KEYS,
+    NORM_AFTER_MLP,
+    NOT_PROVEN,
+    PER_LAYER_KEYS,
+    PERIOD_KEYS,
+    REASONS,
+    SUM_NORMALISED,
+    THRESHOLD_KEYS,
+    Changes,
+    Family,
+)
 from llm_streamline.errors import UserError
 
-Changes = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Family:
-    """One architecture whose checklist passes."""
-
-    model_type: str
-    layers: str  # path of the list of decoder layers inside the causal LM
-    attention_output: str  # within a layer: the projection whose zero weight and bias silence attention
-    mlp: tuple[str, ...]  # within a layer: what can still act then; names that an option leaves out are ignored
-    down: tuple[str, ...] = ("mlp.down_proj",)  # within a layer: the MLP's last projections; none if a norm follows
-    added: str = "mlp"  # within a layer: the module whose output is what the MLP adds to the stream
-    refused: tuple[tuple[str, str], ...] = ()  # options that must be off, and why
-    changes: Callable[[Changes], Changes] | None = None  # from the sliced config keys to more of them
-    norm: str = "norm"  # beside the layers: what follows the last of them
-
-
-def _attention_types(sliced: Changes) -> Changes:
-    """The compact spelling, from which the list per layer is made anew whenever a config is loaded."""
-    return {"attention_types": [[[kind], 1] for kind in sliced["attention_layers"]]}
-
-
-_PLAIN = ("model.layers", "self_attn.o_proj", ("post_attention_layernorm", "mlp"))
-_SANDWICH = ("model.layers", "self_attn.o_proj", ("pre_feedforward_layernorm", "mlp", "post_feedforward_layernorm"))
-_DENSE_4H = ("mlp.dense_4h_to_h",)
-_BOTH_WAYS = (("use_bidirectional_attention", "its tokens see later ones"),)
-_GPT2_OPTIONS = (
-    ("scale_attn_by_inverse_layer_idx", "its attention is scaled by the layer's number"),
-    ("add_cross_attention", "it attends to the output of an encoder"),
-)
-
-FAMILIES = {
-    family.model_type: family
-    for family in (
-        # norms that act only with some option (parallel or not, before or after) are named all the same
-        Family("llama", *_PLAIN),
-        Family("mistral", *_PLAIN),
-        Family("qwen2", *_PLAIN),
-        Family("qwen3", *_PLAIN),
-        Family("gemma2", *_SANDWICH, down=(), refused=_BOTH_WAYS),
-        Family("gemma3_text", *_SANDWICH, down=(), refused=_BOTH_WAYS),
-        Family("phi3", *_PLAIN),
-        Family(
-            "phi",
-            "model.layers",
-            "self_attn.dense",
-            ("input_layernorm", "mlp"),
-            down=("mlp.fc2",),
-            norm="final_layernorm",
-        ),
-        Family(
-            "opt",
-            "model.decoder.layers",
-            "self_attn.out_proj",
-            ("self_attn_layer_norm", "fc1", "fc2", "final_layer_norm"),
-            down=("fc2",),
-            added="fc2",
-            norm="final_layer_norm",
-        ),
-        Family(
-            "gpt2", "transformer.h", "attn.c_proj", ("ln_2", "mlp"), ("mlp.c_proj",), refused=_GPT2_OPTIONS, norm="ln_f"
-        ),
-        Family(
-            "gpt_neox",
-            "gpt_neox.layers",
-            "attention.dense",
-            ("post_attention_layernorm", "mlp"),
-            _DENSE_4H,
-            norm="final_layer_norm",
-        ),
-        Family(
-            "gpt_neo",
-            "transformer.h",
-            "attn.attention.out_proj",
-            ("ln_2", "mlp"),
-            ("mlp.c_proj",),
-            changes=_attention_types,
-            norm="ln_f",
-        ),
-        Family(
-            "bloom",
-            "transformer.h",
-            "self_attention.dense",
-            ("input_layernorm", "post_attention_layernorm", "mlp"),
-            _DENSE_4H,
-            added=_DENSE_4H[0],  # its mlp module returns the sum with the stream
-            norm="ln_f",
-        ),
-        Family(
-            "falcon",
-            "transformer.h",
-            "self_attention.dense",
-            ("input_layernorm", "ln_mlp", "post_attention_layernorm", "mlp"),
-            _DENSE_4H,
-            norm="ln_f",
-        ),
-        Family("olmo2", "model.layers", "self_attn.o_proj", ("mlp", "post_feedforward_layernorm"), down=()),
-        Family("granite", *_PLAIN),
-        Family("starcoder2", *_PLAIN, down=("mlp.c_proj",)),
-        Family("smollm3", *_PLAIN),
-        Family("cohere2", "model.layers", "self_attn.o_proj", ("input_layernorm", "mlp")),
-        Family("mixtral", *_PLAIN, down=("mlp.experts.down_proj",)),
-        Family("qwen3_moe", *_PLAIN, down=("mlp.down_proj", "mlp.experts.down_proj")),
-    )
-}
-
-# Kinds that are known not to fit, for a better reason than "not proven". Where none is given, that is the reason.
-_UNFIT = {
-    "an encoder-decoder": "bart bigbird_pegasus blenderbot blenderbot-small marian mbart musicgen musicgen_melody "
-    "mvp pegasus plbart prophetnet trocr whisper",
-    "an encoder": "bert bert-generation big_bird camembert data2vec-text electra ernie megatron-bert reformer rembert "
-    "roberta roberta-prelayernorm roc_bert roformer xlm xlm-roberta xlm-roberta-xl xlnet xmod",
-    "a state-space or hybrid model": "bailing_hybrid bamba falcon_h1 falcon_mamba "
-    "granitemoehybrid jamba kimi_linear lfm2 lfm2_moe lfm3 mamba mamba2 nemotron_h olmo_hybrid qwen3_5 qwen3_5_moe "
-    "qwen3_5_moe_text qwen3_5_text qwen3_next recurrent_gemma rwkv xlstm zamba zamba2",
-    "computed with the number of each layer": "beam diffllama inkling2_text minimax",
-    "one whose layers share keys and values with earlier ones": "gemma3n gemma3n_text gemma4 gemma4_text",
-}
-REASONS = {name: reason for reason, names in _UNFIT.items() for name in names.split()}
-_LISTED = "'llm-streamline families' lists what is proven"
-NOT_PROVEN = "not proven to survive the removal of layers"
-
-# Config keys that bite when layers go. Forgetting one fails silently: the model loads and computes something else.
-# Periods that transformers spells out in a list per layer (sliding_window_pattern, no_rope_layer_interval) stay as
-# they are: the list wins.
-PER_LAYER_KEYS = ("layer_types", "no_rope_layers", "mlp_layer_types", "attention_layers")  # one entry per layer
-LAYER_NUMBER_KEYS = ("mlp_only_layers",)  # lists of layer numbers
-THRESHOLD_KEYS = ("first_k_dense_replace", "max_window_layers")  # layers below the number differ from those above
-# config keys and values with which layers normalise the sum they return: none of them can be the identity
-SUM_NORMALISED = {"do_layer_norm_before": False, "apply_residual_connection_post_layernorm": True}
-NORM_AFTER_MLP = {"do_layer_norm_before": False}  # as above, and the sum's norm comes after the MLP
-INNER_WIDTH_KEYS = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner")
+LISTED = "'llm-streamline families' lists what is proven"
 
 
 def family_of(config: PretrainedConfig) -> Family:
     """The family's row. Errors: UserError for what is no causal LM, or not proven, with the reason."""
     kind = config.model_type
     if getattr(config, "is_encoder_decoder", False):
-        raise UserError(f"model type {kind!r} is an encoder-decoder; give a decoder-only causal LM: {_LISTED}.")
+        raise UserError(f"model type {kind!r} is an encoder-decoder; give a decoder-only causal LM: {LISTED}.")
     names = getattr(config, "architectures", None) or []
     if names and not any("CausalLM" in name or "LMHead" in name for name in names):
-        raise UserError(f"the checkpoint holds {names[0]}, which is no causal LM; give a decoder-only one: {_LISTED}.")
+        raise UserError(f"the checkpoint holds {names[0]}, which is no causal LM; give a decoder-only one: {LISTED}.")
     if not type(config).__module__.startswith("transformers."):
         raise UserError(
             f"model type {kind!r} runs its own code, which is {NOT_PROVEN}; give a model that transformers knows, "
             "or this one without --trust-remote-code if it does."
         )
     if kind not in FAMILIES:
-        raise UserError(f"model type {kind!r} is {_why_not(config)}; give another: {_LISTED}.")
+        raise UserError(f"model type {kind!r} is {_why_not(config)}; give another: {LISTED}.")
     _refuse_options(FAMILIES[kind], config)
     return FAMILIES[kind]
 
 
 def _refuse_options(family: Family, config: PretrainedConfig) -> None:
+    for key in PERIOD_KEYS:
+        if (getattr(config, key, None) or 1) > 1:
+            raise UserError(
+                f"model type {config.model_type!r} with {key} {getattr(config, key)} is {NOT_PROVEN}, as no list says "
+                "which layers are meant; give a model where it is 1."
+            )
     own = ("is_heterogeneous", "single layers have settings of their own (per_layer_config)")
     for option, why in (*family.refused, own):
         if getattr(config, option, False):
@@ -236,7 +119,7 @@ def sliced_config(config: PretrainedConfig, sources: Sequence[int]) -> Pretraine
     changes = {"num_hidden_layers": len(sources), **_sliced_keys(config, sources)}
     more = family_of(config).changes
     if more:
-        changes |= more(changes)
+        changes |= more(config, changes)
     new = copy.deepcopy(config)
     if hasattr(new, "auto_map"):  # names files of code that came with the source and are not carried along
         del new.auto_map
@@ -249,7 +132,7 @@ def _sliced_keys(config: PretrainedConfig, sources: Sequence[int]) -> Changes:
     """Every key that depends on layer numbers, for the layers that stay."""
     changes: Changes = {}
     for key in PER_LAYER_KEYS:
-        if getattr(config, key, None):
+        if isinstance(getattr(config, key, None), list) and getattr(config, key):
             changes[key] = [getattr(config, key)[source] for source in sources]
     for key in LAYER_NUMBER_KEYS:
         if getattr(config, key, None):
@@ -257,6 +140,9 @@ def _sliced_keys(config: PretrainedConfig, sources: Sequence[int]) -> Changes:
     for key in THRESHOLD_KEYS:
         if getattr(config, key, None) is not None:
             changes[key] = sum(source < getattr(config, key) for source in sources)
+    for key in LAST_KEYS:
+        if getattr(config, key, None) is not None:
+            changes[key] = sum(source <= getattr(config, key) for source in sources) - 1
     return changes | _unrolled_period(config, sources)
 
 
@@ -292,7 +178,7 @@ def known_families() -> list[dict[str, str]]:
 
 def _proof(family: Family) -> str:
     refused = "; ".join(f"not with {option}, as {why}" for option, why in family.refused)
-    folding = "" if family.down else "no --replace linear, as a norm follows the MLP's output"
+    folding = "" if family.down else f"no --replace linear, as {family.unfoldable}"
     return "; ".join(filter(None, ("passes the checklist", refused, folding)))
 
 
@@ -314,7 +200,7 @@ def mlp_output(config: PretrainedConfig) -> tuple[str, float]:
     """
     family, why = family_of(config), None
     if not family.down or any(getattr(config, key, None) is value for key, value in NORM_AFTER_MLP.items()):
-        why = "a norm follows the MLP's output"
+        why = family.unfoldable
     elif getattr(config, "slow_but_exact", False) and getattr(config, "pretraining_tp", 1) > 1:
         why = "its projections are computed in slices (slow_but_exact)"
     if why:
@@ -322,7 +208,14 @@ def mlp_output(config: PretrainedConfig) -> tuple[str, float]:
             f"--replace linear folds a map into an MLP's output projection, and in this {config.model_type!r} {why}; "
             "use --replace layer, none, or linear:free."
         )
-    return family.added, float(getattr(config, "residual_multiplier", 1.0))
+    return family.added, _added_times(config)
+
+
+def _added_times(config: PretrainedConfig) -> float:
+    """What is multiplied with before the stream takes it in."""
+    if hasattr(config, "scale_depth"):
+        return float(config.scale_depth / config.num_hidden_layers**0.5)
+    return float(getattr(config, "residual_multiplier", 1.0))
 
 
 def output_weights(layer: nn.Module, config: PretrainedConfig) -> dict[str, int]:
@@ -332,9 +225,11 @@ def output_weights(layer: nn.Module, config: PretrainedConfig) -> dict[str, int]
     """
     modules, parameters = dict(layer.named_modules()), dict(layer.named_parameters())
     found: dict[str, int] = {}
-    for name in family_of(config).down:
+    for listed in family_of(config).down:
+        name, _, axis = listed.partition(":")
         if name in parameters:
-            found[name] = 1
-        for own, _ in modules[name].named_parameters() if name in modules else ():
-            found[f"{name}.{own}"] = int(own == "weight" and isinstance(modules[name], Conv1D))
+            found[name] = int(axis or min(1, parameters[name].ndim - 1))
+        for own, value in modules[name].named_parameters() if name in modules else ():
+            outputs_last = isinstance(modules[name], Conv1D) or value.ndim == 3
+            found[f"{name}.{own}"] = int(own == "weight" and outputs_last)
     return found

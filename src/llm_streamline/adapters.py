@@ -1,0 +1,152 @@
+"""A LoRA adapter of the dense model -> the same adapter for its shortened one, by the manifest's layer map.
+
+What adapts a layer that stays goes under its new number; what adapts one that is gone, or that a replacement stands in
+for, is left out. Weights are not touched, so that a kept layer computes with the adapter what it did before.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llm_streamline.errors import UserError
+from llm_streamline.files import atomic
+from llm_streamline.oracle import MANIFEST, model_folder
+from llm_streamline.record import Record
+from llm_streamline.records import Manifest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # peft's names
+PATTERNS = ("rank_pattern", "alpha_pattern")  # of module names, to a rank or a scale
+
+
+class Remapped(Record):
+    """What became of an adapter: tensors by what they adapt, and the old numbers of the layers whose were left out."""
+
+    kept: int
+    outside: int  # not of a layer, kept as they are
+    left_out: int
+    layers_left_out: list[int]
+    folder: str
+
+
+def remap_adapter(adapter: Path, model: Path, output: Path) -> Remapped:
+    """Write to `output`, which must not be there, an adapter for the shortened model in `model`.
+
+    Errors: UserError, with nothing written, for what is no adapter of the model that was shortened.
+    """
+    from safetensors.torch import load_file, save_file
+
+    folder = model_folder(model)
+    manifest = Manifest.read(folder / MANIFEST)
+    config = read_adapter(adapter)
+    if output.exists():
+        raise UserError(f"-o {output} is there already; give a folder that is new.")
+    numbers = Numbers(folder, manifest)
+    weights = numbers.weights(load_file(adapter / WEIGHTS), adapter)
+    if not weights.kept:
+        raise UserError(
+            f"{adapter} adapts only layers {numbers.said(weights.gone)}, none of which is in {folder} any more; "
+            "there is nothing to remap."
+        )
+    with atomic(output) as temporary:
+        temporary.mkdir()
+        save_file(weights.kept, temporary / WEIGHTS, metadata={"format": "pt"})
+        text = json.dumps(numbers.config(config, weights.layers, folder), indent=2, ensure_ascii=False)
+        (temporary / CONFIG).write_text(text + "\n", encoding="utf-8")
+    return Remapped(
+        kept=len(weights.kept) - weights.outside,
+        outside=weights.outside,
+        left_out=weights.left_out,
+        layers_left_out=sorted(weights.gone),
+        folder=str(output),
+    )
+
+
+def read_adapter(adapter: Path) -> dict[str, Any]:
+    """Its configuration. Errors: UserError for what is no adapter of peft's in safetensors."""
+    if not (adapter / CONFIG).is_file():
+        raise UserError(f"{adapter} is no adapter, as it has no {CONFIG}; give a folder that peft has written.")
+    if not (adapter / WEIGHTS).is_file():
+        raise UserError(f"{adapter} has no {WEIGHTS}; save the adapter again with safe_serialization=True.")
+    config = json.loads((adapter / CONFIG).read_text(encoding="utf-8"))
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise UserError(f"{adapter} is an adapter of type {kind}, and only LORA can be remapped; give one of these.")
+    return dict(config)
+
+
+class Found:
+    """Tensors under their new names, and what became of the rest."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, Tensor] = {}
+        self.outside = self.left_out = 0
+        self.gone: set[int] = set()
+        self.layers: set[int] = set()  # new numbers
+
+
+class Numbers:
+    """Old layer numbers -> new ones, in the names of a model's modules."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        from transformers import AutoConfig
+
+        from llm_streamline.families import layers_prefix
+
+        self.path = layers_prefix(AutoConfig.from_pretrained(folder)).removesuffix(".")
+        self.depth = manifest.plan.num_layers
+        self.new = {old: new for new, old in enumerate(manifest.layer_map) if isinstance(old, int)}
+        self._numbered = re.compile(rf"((?:^|\.){re.escape(self.path.rpartition('.')[2])}\.)(\d+)(?=\.|$)")
+
+    def weights(self, weights: dict[str, Tensor], adapter: Path) -> Found:
+        """Errors: UserError for a layer that the model which was shortened does not have."""
+        found = Found()
+        for key, value in weights.items():
+            match = self._numbered.search(key)
+            old = int(match[2]) if match else None
+            if old is None:
+                found.outside += 1
+                found.kept[key] = value
+            elif old >= self.depth:
+                raise UserError(
+                    f"{adapter} adapts layer {old}, and the model that was shortened had {self.depth}; give an adapter "
+                    "of that model."
+                )
+            elif old in self.new:
+                found.layers.add(self.new[old])
+                found.kept[self._renamed(key)] = value
+            else:
+                found.gone.add(old)
+                found.left_out += 1
+        return found
+
+    def config(self, config: dict[str, Any], layers: set[int], folder: Path) -> dict[str, Any]:
+        """The adapter's configuration for the shortened model, whose `layers` it adapts."""
+        new = {**config, "base_model_name_or_path": str(folder)}
+        for key in PATTERNS:
+            new[key] = {
+                self._renamed(name): value for name, value in (config.get(key) or {}).items() if self._stays(name)
+            }
+        targets = config.get("target_modules")
+        if isinstance(targets, list):
+            new["target_modules"] = sorted({self._renamed(name) for name in targets if self._stays(name)})
+            new["layers_to_transform"] = sorted(layers) or None
+            new["layers_pattern"] = config.get("layers_pattern") or self.path.rpartition(".")[2]
+        elif config.get("layers_to_transform") is not None:
+            new["layers_to_transform"] = sorted(layers)
+        return new
+
+    def _renamed(self, name: str) -> str:
+        return self._numbered.sub(lambda match: f"{match[1]}{self.new[int(match[2])]}", name)
+
+    def _stays(self, name: str) -> bool:
+        return all(int(match[2]) in self.new for match in self._numbered.finditer(name))
+
+    @staticmethod
+    def said(layers: set[int]) -> str:
+        return ", ".join(map(str, sorted(layers)))

@@ -1,0 +1,283 @@
+"""The table of architectures, and the only file that knows any: where layers are, which keys depend on their numbers.
+
+Adding a family is one row here and one tiny configuration in `tests/tiny.py`; the checklist in
+`tests/test_families.py` then has to pass for it. `families.py` is what is asked of the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+Changes = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture whose checklist passes."""
+
+    model_type: str
+    layers: str  # path of the list of decoder layers inside the causal LM
+    attention_output: str  # within a layer: the projection whose zero weight and bias silence attention
+    mlp: tuple[str, ...]  # within a layer: what can still act then; names that an option leaves out are ignored
+    # within a layer: the MLP's last projections, a ':2' after one whose third axis counts the outputs; none where a map
+    # cannot be folded into them, for `unfoldable` or because a norm follows
+    down: tuple[str, ...] = ("mlp.down_proj",)
+    added: str = "mlp"  # within a layer: the module whose output is what the MLP adds to the stream
+    refused: tuple[tuple[str, str], ...] = ()  # options that must be off, and why
+    changes: Callable[[Any, Changes], Changes] | None = None  # from a config and the sliced keys to more of them
+    norm: str = "norm"  # beside the layers: what follows the last of them
+    unfoldable: str = "a norm follows the MLP's output"  # why, where `down` is empty
+
+
+def _attention_types(config: Any, sliced: Changes) -> Changes:
+    """The compact spelling, from which the list per layer is made anew whenever a config is loaded."""
+    return {"attention_types": [[[kind], 1] for kind in sliced["attention_layers"]]}
+
+
+def _scale_for_depth(config: Any, sliced: Changes) -> Changes:
+    """What layers add is scaled by scale_depth over the root of their number: by the same for fewer of them."""
+    return {"scale_depth": config.scale_depth * (sliced["num_hidden_layers"] / config.num_hidden_layers) ** 0.5}
+
+
+_LAYER_NORMS = ("input_layernorm", "mlp")
+_PLAIN = ("model.layers", "self_attn.o_proj", ("post_attention_layernorm", "mlp"))
+_SANDWICH = ("model.layers", "self_attn.o_proj", ("pre_feedforward_layernorm", "mlp", "post_feedforward_layernorm"))
+_DENSE_4H = ("mlp.dense_4h_to_h",)
+_EXPERTS = ("mlp.experts.down_proj",)
+_SOME_SPARSE = ("mlp.down_proj", *_EXPERTS)
+_SHARED_EXPERTS = (*_SOME_SPARSE, "mlp.shared_experts.down_proj")
+_GRANITE = ("model.layers", "self_attn.o_proj", ("post_attention_layernorm", "block_sparse_moe"))
+_GRANITE_SHARED = (*_GRANITE[:2], ("post_attention_layernorm", "block_sparse_moe", "shared_mlp"))
+_IN_TWO = "two modules add to the stream at once"
+_LLAMA4_DOWN = ("feed_forward.down_proj", "feed_forward.experts.down_proj:2", "feed_forward.shared_expert.down_proj")
+_BOTH_WAYS = (("use_bidirectional_attention", "its tokens see later ones"),)
+_GPT2_OPTIONS = (
+    ("scale_attn_by_inverse_layer_idx", "its attention is scaled by the layer's number"),
+    ("add_cross_attention", "it attends to the output of an encoder"),
+)
+
+FAMILIES = {
+    family.model_type: family
+    for family in (
+        # norms that act only with some option (parallel or not, before or after) are named all the same
+        Family("llama", *_PLAIN),
+        Family("mistral", *_PLAIN),
+        Family("qwen2", *_PLAIN),
+        Family("qwen3", *_PLAIN),
+        Family("gemma2", *_SANDWICH, down=(), refused=_BOTH_WAYS),
+        Family("gemma3_text", *_SANDWICH, down=(), refused=_BOTH_WAYS),
+        Family("phi3", *_PLAIN),
+        Family(
+            "phi",
+            "model.layers",
+            "self_attn.dense",
+            ("input_layernorm", "mlp"),
+            down=("mlp.fc2",),
+            norm="final_layernorm",
+        ),
+        Family(
+            "opt",
+            "model.decoder.layers",
+            "self_attn.out_proj",
+            ("self_attn_layer_norm", "fc1", "fc2", "final_layer_norm"),
+            down=("fc2",),
+            added="fc2",
+            norm="final_layer_norm",
+        ),
+        Family(
+            "gpt2", "transformer.h", "attn.c_proj", ("ln_2", "mlp"), ("mlp.c_proj",), refused=_GPT2_OPTIONS, norm="ln_f"
+        ),
+        Family(
+            "gpt_neox",
+            "gpt_neox.layers",
+            "attention.dense",
+            ("post_attention_layernorm", "mlp"),
+            _DENSE_4H,
+            norm="final_layer_norm",
+        ),
+        Family(
+            "gpt_neo",
+            "transformer.h",
+            "attn.attention.out_proj",
+            ("ln_2", "mlp"),
+            ("mlp.c_proj",),
+            changes=_attention_types,
+            norm="ln_f",
+        ),
+        Family(
+            "bloom",
+            "transformer.h",
+            "self_attention.dense",
+            ("input_layernorm", "post_attention_layernorm", "mlp"),
+            _DENSE_4H,
+            added=_DENSE_4H[0],  # its mlp module returns the sum with the stream
+            norm="ln_f",
+        ),
+        Family(
+            "falcon",
+            "transformer.h",
+            "self_attention.dense",
+            ("input_layernorm", "ln_mlp", "post_attention_layernorm", "mlp"),
+            _DENSE_4H,
+            norm="ln_f",
+        ),
+        Family("olmo2", "model.layers", "self_attn.o_proj", ("mlp", "post_feedforward_layernorm"), down=()),
+        Family("granite", *_PLAIN),
+        Family("starcoder2", *_PLAIN, down=("mlp.c_proj",)),
+        Family("smollm3", *_PLAIN),
+        Family("cohere2", "model.layers", "self_attn.o_proj", ("input_layernorm", "mlp")),
+        Family("mixtral", *_PLAIN, down=("mlp.experts.down_proj",)),
+        Family("qwen3_moe", *_PLAIN, down=_SOME_SPARSE),
+        Family("qwen2_moe", *_PLAIN, down=(*_SOME_SPARSE, "mlp.shared_expert.down_proj")),
+        Family("olmoe", *_PLAIN, down=_EXPERTS),
+        Family("phimoe", *_PLAIN, down=_EXPERTS),
+        Family("gpt_oss", *_PLAIN, down=("mlp.experts.down_proj:2", "mlp.experts.down_proj_bias")),
+        Family("minimax_m2", *_PLAIN, down=_EXPERTS),
+        Family("hunyuan_v1_moe", *_PLAIN, down=(*_EXPERTS, "mlp.shared_mlp.down_proj")),
+        Family("deepseek_v2", *_PLAIN, down=_SHARED_EXPERTS),
+        Family("deepseek_v3", *_PLAIN, down=_SHARED_EXPERTS),
+        Family("glm4_moe", *_PLAIN, down=_SHARED_EXPERTS),
+        Family("dots1", *_PLAIN, down=_SHARED_EXPERTS),
+        Family("solar_open", *_PLAIN, down=_SHARED_EXPERTS),
+        Family("exaone_moe", *_PLAIN, down=_SHARED_EXPERTS),
+        Family("ernie4_5_moe", *_PLAIN, down=_SHARED_EXPERTS),
+        Family("flex_olmo", "model.layers", "self_attn.o_proj", ("mlp", "post_feedforward_layernorm"), down=()),
+        Family("granitemoe", *_GRANITE, down=("block_sparse_moe.experts.down_proj",), added="block_sparse_moe"),
+        Family("granitemoeshared", *_GRANITE_SHARED, down=(), unfoldable=_IN_TWO),
+        Family(
+            "jetmoe",
+            "model.layers",
+            "self_attention.experts",
+            ("post_attention_layernorm", "mlp"),
+            ("mlp.output_linear", "mlp.bias"),
+        ),
+        Family("gemma", *_PLAIN),
+        Family("vaultgemma", "model.layers", "self_attn.o_proj", ("pre_feedforward_layernorm", "mlp")),
+        Family("apertus", "model.layers", "self_attn.o_proj", ("feedforward_layernorm", "mlp")),
+        Family("arcee", *_PLAIN),
+        Family("bitnet", *_PLAIN),
+        Family("cohere", "model.layers", "self_attn.o_proj", _LAYER_NORMS),
+        Family("cwm", *_PLAIN),
+        Family("ernie4_5", *_PLAIN),
+        Family("exaone4", "model.layers", "self_attn.o_proj", ("mlp", "post_feedforward_layernorm"), down=()),
+        Family("glm", *_PLAIN),
+        Family(
+            "glm4",
+            "model.layers",
+            "self_attn.o_proj",
+            ("post_attention_layernorm", "mlp", "post_mlp_layernorm"),
+            down=(),
+        ),
+        Family("granite_swa", *_PLAIN),
+        Family("helium", *_PLAIN),
+        Family("hunyuan_v1_dense", *_PLAIN),
+        Family(
+            "hyperclovax", "model.layers", "self_attn.o_proj", ("post_attention_layernorm", "mlp", "post_norm2"), ()
+        ),
+        Family("jais2", *_PLAIN),
+        Family("internlm3", *_PLAIN),
+        Family("iquestcoder", *_PLAIN),
+        Family("ministral", *_PLAIN),
+        Family("ministral3", *_PLAIN),
+        Family("minicpm3", *_PLAIN, changes=_scale_for_depth),
+        Family("nanochat", *_PLAIN, down=("mlp.fc2",)),
+        Family("nemotron", *_PLAIN),
+        Family("olmo", *_PLAIN),
+        Family("olmo3", "model.layers", "self_attn.o_proj", ("mlp", "post_feedforward_layernorm"), down=()),
+        Family("seed_oss", *_PLAIN),
+        Family("stablelm", "model.layers", "self_attn.o_proj", ("input_layernorm", "post_attention_layernorm", "mlp")),
+        Family("youtu", *_PLAIN),
+        Family(
+            "persimmon",
+            "model.layers",
+            "self_attn.dense",
+            ("post_attention_layernorm", "mlp"),
+            _DENSE_4H,
+            norm="final_layernorm",
+        ),
+        Family(
+            "biogpt",
+            "biogpt.layers",
+            "self_attn.out_proj",
+            ("final_layer_norm", "fc1", "fc2"),
+            ("fc2",),
+            "fc2",
+            norm="layer_norm",
+        ),
+        Family(
+            "xglm",
+            "model.layers",
+            "self_attn.out_proj",
+            ("final_layer_norm", "fc1", "fc2"),
+            ("fc2",),
+            "fc2",
+            norm="layer_norm",
+        ),
+        Family("codegen", "transformer.h", "attn.out_proj", ("ln_1", "mlp"), ("mlp.fc_out",), norm="ln_f"),
+        Family("gptj", "transformer.h", "attn.out_proj", ("ln_1", "mlp"), ("mlp.fc_out",), norm="ln_f"),
+        Family("gpt_bigcode", "transformer.h", "attn.c_proj", ("ln_2", "mlp"), ("mlp.c_proj",), norm="ln_f"),
+        Family(
+            "mpt",
+            "transformer.blocks",
+            "attn.out_proj",
+            ("norm_2", "ffn"),
+            ("ffn.down_proj",),
+            "ffn.down_proj",
+            norm="norm_f",
+        ),
+        Family(
+            "llama4_text",
+            "model.layers",
+            "self_attn.o_proj",
+            ("post_attention_layernorm", "feed_forward"),
+            _LLAMA4_DOWN,
+            "feed_forward",
+        ),
+        Family("granitemoe_swa", *_GRANITE_SHARED, down=(), unfoldable=_IN_TWO),
+        Family("glm4_moe_lite", *_PLAIN, down=_SHARED_EXPERTS),
+        Family("mellum", *_PLAIN, down=_SOME_SPARSE),
+        Family("cohere2_moe", "model.layers", "self_attn.o_proj", _LAYER_NORMS, _SHARED_EXPERTS),
+        Family("afmoe", "model.layers", "self_attn.o_proj", ("pre_mlp_layernorm", "mlp", "post_mlp_layernorm"), ()),
+        Family("hy_v3", *_PLAIN, down=_SHARED_EXPERTS),
+        Family("flint", *_PLAIN, down=(*_SOME_SPARSE, "mlp.shared_expert.down_proj")),
+        Family("aria_text", *_PLAIN, down=("mlp.experts.down_proj:2", "mlp.shared_experts.down_proj")),
+    )
+}
+
+# Kinds that are known not to fit, for a better reason than "not proven". Where none is given, that is the reason.
+_UNFIT = {
+    "an encoder-decoder": "bart bigbird_pegasus blenderbot blenderbot-small marian mbart musicgen musicgen_melody "
+    "mvp pegasus plbart prophetnet trocr whisper",
+    "an encoder": "bert bert-generation big_bird camembert data2vec-text electra ernie megatron-bert reformer rembert "
+    "roberta roberta-prelayernorm roc_bert roformer xlm xlm-roberta xlm-roberta-xl xlnet xmod",
+    "a state-space or hybrid model": "bailing_hybrid bamba falcon_h1 falcon_mamba "
+    "granitemoehybrid jamba kimi_linear lfm2 lfm2_moe lfm3 mamba mamba2 nemotron_h olmo_hybrid qwen3_5 qwen3_5_moe "
+    "qwen3_5_moe_text qwen3_5_text qwen3_next recurrent_gemma rwkv xlstm zamba zamba2",
+    "computed with the number of each layer": "beam diffllama inkling2_text minimax",
+    "one whose first or last layer is unlike the others": "gpt_neox_japanese modernbert-decoder",
+    "one whose layers share keys and values with earlier ones": "gemma3n gemma3n_text gemma4 gemma4_text",
+}
+REASONS = {name: reason for reason, names in _UNFIT.items() for name in names.split()}
+NOT_PROVEN = "not proven to survive the removal of layers"
+
+# Config keys that bite when layers go. Forgetting one fails silently: the model loads and computes something else.
+# Periods that transformers spells out in a list per layer (sliding_window_pattern, no_rope_layer_interval) stay as
+# they are: the list wins.
+PER_LAYER_KEYS = (  # one entry per layer
+    *("layer_types", "no_rope_layers", "mlp_layer_types", "attention_layers", "layer_rope_theta"),
+    "moe_topk",  # where it is a list
+)
+LAYER_NUMBER_KEYS = ("mlp_only_layers", "moe_layers")  # lists of layer numbers
+THRESHOLD_KEYS = (  # layers below the number differ from those above
+    *("first_k_dense_replace", "max_window_layers", "moe_layer_start_index", "num_dense_layers"),
+)
+LAST_KEYS = ("moe_layer_end_index",)  # layers up to the number, it included, differ from those above
+PERIOD_KEYS = (
+    "moe_layer_interval",
+)  # every n-th layer differs, and no list says which: only a period of 1 can be kept
+# config keys and values with which layers normalise the sum they return: none of them can be the identity
+SUM_NORMALISED = {"do_layer_norm_before": False, "apply_residual_connection_post_layernorm": True}
+NORM_AFTER_MLP = {"do_layer_norm_before": False}  # as above, and the sum's norm comes after the MLP
+INNER_WIDTH_KEYS = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner")
