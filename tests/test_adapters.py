@@ -109,6 +109,11 @@ def test_what_cannot_be_remapped_is_refused(llama_folder, shorter, tmp_path):
     config = json.loads((lora / CONFIG).read_text())
     (lora / CONFIG).write_text(json.dumps({**config, "peft_type": "IA3"}))
     assert "is an adapter of type IA3" in refused(lora, shorter, tmp_path)
+    (lora / CONFIG).write_text("{")
+    assert "is no JSON object" in refused(lora, shorter, tmp_path)
+    (lora / CONFIG).write_text(json.dumps(config))
+    (lora / WEIGHTS).write_bytes((lora / WEIGHTS).read_bytes()[:-100])
+    assert "cannot be read" in refused(lora, shorter, tmp_path)
     (lora / WEIGHTS).unlink()
     assert f"has no {WEIGHTS}" in refused(lora, shorter, tmp_path)
 

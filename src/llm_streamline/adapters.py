@@ -39,7 +39,7 @@ def remap_adapter(adapter: Path, model: Path, output: Path) -> Remapped:
 
     Errors: UserError, with nothing written, for what is no adapter of the model that was shortened.
     """
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
 
     folder = model_folder(model)
     manifest = Manifest.read(folder / MANIFEST)
@@ -47,7 +47,7 @@ def remap_adapter(adapter: Path, model: Path, output: Path) -> Remapped:
     if output.exists():
         raise UserError(f"-o {output} is there already; give a folder that is new.")
     numbers = Numbers(folder, manifest)
-    weights = numbers.weights(load_file(adapter / WEIGHTS), adapter)
+    weights = numbers.weights(read_weights(adapter), adapter)
     if not weights.kept:
         raise UserError(
             f"{adapter} adapts only layers {numbers.said(weights.gone)}, none of which is in {folder} any more; "
@@ -73,11 +73,25 @@ def read_adapter(adapter: Path) -> dict[str, Any]:
         raise UserError(f"{adapter} is no adapter, as it has no {CONFIG}; give a folder that peft has written.")
     if not (adapter / WEIGHTS).is_file():
         raise UserError(f"{adapter} has no {WEIGHTS}; save the adapter again with safe_serialization=True.")
-    config = json.loads((adapter / CONFIG).read_text(encoding="utf-8"))
+    try:
+        config = dict(json.loads((adapter / CONFIG).read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{adapter / CONFIG} is no JSON object ({error}); save the adapter again.") from error
     kind = config.get("peft_type")
     if kind != "LORA":
         raise UserError(f"{adapter} is an adapter of type {kind}, and only LORA can be remapped; give one of these.")
-    return dict(config)
+    return config
+
+
+def read_weights(adapter: Path) -> dict[str, Tensor]:
+    """Errors: UserError for a damaged file."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return dict(load_file(adapter / WEIGHTS))
+    except SafetensorError as error:
+        raise UserError(f"{adapter / WEIGHTS} cannot be read ({error}); save the adapter again.") from error
 
 
 class Found:
