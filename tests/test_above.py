@@ -22,6 +22,7 @@ from llm_streamline.optimizers import Pace, make_optimizer
 from llm_streamline.records import Manifest, Window
 from llm_streamline.replacement import build_replacement
 from llm_streamline.student import Student
+from llm_streamline.train import Trainer
 from llm_streamline.upper import Upper
 from tests import tiny
 from tests.test_healing import WAY
@@ -196,3 +197,20 @@ def test_what_is_no_word_for_it(text):
 def test_a_loss_of_states_does_not_train_them(recipe):
     with pytest.raises(UserError, match=r"--heal head trains what only a loss of logits sees.*nmse"):
         recipe(heal="head", heal_loss="nmse:0.5,kl:0.5")
+
+
+@pytest.mark.parametrize(("heal", "times"), [("lora:2+head", 0.05), ("last:1+head", 1.0)])
+def test_a_head_trains_as_gently_as_whole_layers_do(heal, times, recipe, tmp_path, monkeypatch):
+    paces = []
+
+    def optimizer(self):
+        if self.window.start == 0:
+            paces.extend(self.replacement.paces())
+        return whole(self)
+
+    whole = Trainer.optimizer
+    monkeypatch.setattr(Trainer, "optimizer", optimizer)
+    result = run.compress(recipe(heal=heal, **{**WAY, "tokens": 2000}), quiet(tmp_path))
+    head = paces[-1]
+    assert not head.turned and head.rate == times
+    assert result.healing.lr * head.rate == pytest.approx(0.05 * result.fit.lr)
