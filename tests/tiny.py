@@ -217,7 +217,6 @@ _MORE: dict[str, PretrainedConfig] = {
     "granitemoeshared": _like_llama(
         "granitemoeshared", num_local_experts=4, num_experts_per_tok=2, shared_intermediate_size=48
     ),
-    "jetmoe": _like_llama("jetmoe", num_local_experts=4, num_experts_per_tok=2, kv_channels=8),
     "gemma": _like_llama("gemma", head_dim=8),
     "vaultgemma": _gemma("vaultgemma"),
     "apertus": _like_llama("apertus"),

@@ -146,13 +146,6 @@ FAMILIES = {
         Family("flex_olmo", "model.layers", "self_attn.o_proj", ("mlp", "post_feedforward_layernorm"), down=()),
         Family("granitemoe", *_GRANITE, down=("block_sparse_moe.experts.down_proj",), added="block_sparse_moe"),
         Family("granitemoeshared", *_GRANITE_SHARED, down=(), unfoldable=_IN_TWO),
-        Family(
-            "jetmoe",
-            "model.layers",
-            "self_attention.experts",
-            ("post_attention_layernorm", "mlp"),
-            ("mlp.output_linear", "mlp.bias"),
-        ),
         Family("gemma", *_PLAIN),
         Family("vaultgemma", "model.layers", "self_attn.o_proj", ("pre_feedforward_layernorm", "mlp")),
         Family("apertus", "model.layers", "self_attn.o_proj", ("feedforward_layernorm", "mlp")),
