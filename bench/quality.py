@@ -4,8 +4,7 @@
     [--methods NAME ...] [--remove 25% 42%] [--seeds 0 1 2] [--tokens 500k]`
 
 adds to the folder ROWS what is not there yet, one file per row, so that it can be stopped at any time, and says how
-long the rest will take. A night on 2 cores (two at a time, with other --seeds and OMP_NUM_THREADS=1) holds all methods
-of a model of 10 million parameters at one share;
+long the rest will take by the rows that are there; with OMP_NUM_THREADS=1 one for each core, with other --seeds each;
 `python -m bench.quality_table ROWS` prints what has come in. Rows that have been measured lie in `bench/measured`.
 Without --heldout a row is judged on the validation part of the training text alone, which is what settings are chosen
 by.

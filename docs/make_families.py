@@ -16,7 +16,7 @@ Made by `python docs/make_families.py`; do not edit.
 
 Proven means: for every run of one to three layers, a small model with every option that depends on a layer's number
 was cut, saved and loaded again, and computed what the source computes with those layers skipped, with and without its
-cache (`tests/test_families.py`). Anything else is refused; `llm-streamline families` lists all that the installed
+cache (`make matrix`). Anything else is refused; `llm-streamline families` lists all that the installed
 transformers knows, with the reason.
 
 | model_type | what was proven |

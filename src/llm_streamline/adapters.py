@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,9 +50,9 @@ def remap_adapter(adapter: Path, model: Path, output: Path) -> Remapped:
     numbers = Numbers(folder, manifest)
     weights = numbers.weights(read_weights(adapter), adapter)
     if not weights.kept:
+        gone = ", ".join(map(str, sorted(weights.gone)))
         raise UserError(
-            f"{adapter} adapts only layers {numbers.said(weights.gone)}, none of which is in {folder} any more; "
-            "there is nothing to remap."
+            f"{adapter} adapts only layers {gone}, none of which is in {folder} any more; there is nothing to remap."
         )
     with atomic(output) as temporary:
         temporary.mkdir()
@@ -94,14 +95,15 @@ def read_weights(adapter: Path) -> dict[str, Tensor]:
         raise UserError(f"{adapter / WEIGHTS} cannot be read ({error}); save the adapter again.") from error
 
 
+@dataclass
 class Found:
     """Tensors under their new names, and what became of the rest."""
 
-    def __init__(self) -> None:
-        self.kept: dict[str, Tensor] = {}
-        self.outside = self.left_out = 0
-        self.gone: set[int] = set()
-        self.layers: set[int] = set()  # new numbers
+    kept: dict[str, Tensor] = field(default_factory=dict)
+    outside: int = 0
+    left_out: int = 0
+    gone: set[int] = field(default_factory=set)  # old numbers
+    layers: set[int] = field(default_factory=set)  # new numbers
 
 
 class Numbers:
@@ -160,7 +162,3 @@ class Numbers:
 
     def _stays(self, name: str) -> bool:
         return all(int(match[2]) in self.new for match in self._numbered.finditer(name))
-
-    @staticmethod
-    def said(layers: set[int]) -> str:
-        return ", ".join(map(str, sorted(layers)))

@@ -258,18 +258,21 @@ NOT_PROVEN = "not proven to survive the removal of layers"
 # Config keys that bite when layers go. Forgetting one fails silently: the model loads and computes something else.
 # Periods that transformers spells out in a list per layer (sliding_window_pattern, no_rope_layer_interval) stay as
 # they are: the list wins.
-PER_LAYER_KEYS = (  # one entry per layer
-    *("layer_types", "no_rope_layers", "mlp_layer_types", "attention_layers", "layer_rope_theta"),
-    "moe_topk",  # where it is a list
+# lists with one entry per layer
+PER_LAYER_KEYS = (
+    "layer_types",
+    "no_rope_layers",
+    "mlp_layer_types",
+    "attention_layers",
+    "layer_rope_theta",
+    "moe_topk",
 )
 LAYER_NUMBER_KEYS = ("mlp_only_layers", "moe_layers")  # lists of layer numbers
-THRESHOLD_KEYS = (  # layers below the number differ from those above
-    *("first_k_dense_replace", "max_window_layers", "moe_layer_start_index", "num_dense_layers"),
-)
+# layers below the number differ from those above
+THRESHOLD_KEYS = ("first_k_dense_replace", "max_window_layers", "moe_layer_start_index", "num_dense_layers")
 LAST_KEYS = ("moe_layer_end_index",)  # layers up to the number, it included, differ from those above
-PERIOD_KEYS = (
-    "moe_layer_interval",
-)  # every n-th layer differs, and no list says which: only a period of 1 can be kept
+# every n-th layer differs, and no list says which: only a period of 1 can be kept
+PERIOD_KEYS = ("moe_layer_interval",)
 # config keys and values with which layers normalise the sum they return: none of them can be the identity
 SUM_NORMALISED = {"do_layer_norm_before": False, "apply_residual_connection_post_layernorm": True}
 NORM_AFTER_MLP = {"do_layer_norm_before": False}  # as above, and the sum's norm comes after the MLP

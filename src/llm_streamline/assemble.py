@@ -166,13 +166,12 @@ def _moved_weights(parts: Parts, sources: list[int]) -> tuple[dict[str, Tensor],
     counts = dict.fromkeys(("kept", "renamed", "removed", "replaced", *(["healed"] if parts.healed else [])), 0)
     for key, value in parts.source.state_dict().items():
         number, _, rest = key.removeprefix(prefix).partition(".")
-        if key in parts.healed:
-            counts["healed"] += 1
-            inside = key.startswith(prefix)
-            weights[f"{prefix}{new_numbers[int(number)]}.{rest}" if inside else key] = value
-        elif not key.startswith(prefix):
-            counts["kept"] += 1
+        if not key.startswith(prefix):
+            counts["healed" if key in parts.healed else "kept"] += 1
             weights[key] = value
+        elif key in parts.healed:
+            counts["healed"] += 1
+            weights[f"{prefix}{new_numbers[int(number)]}.{rest}"] = value
         elif (old := int(number)) not in new_numbers:
             counts["removed"] += 1
         elif old in replaced:

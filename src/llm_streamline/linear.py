@@ -172,16 +172,16 @@ def solve_window(
     Every process gets both. Errors: as `window_moments`.
     """
     started = time.perf_counter()
-    mapping: Tensor | None = None
-    ridge: float | None = None
-    for _ in range(passes_to_solve(reading.loss)):
-        learned, held_out = (
-            window_moments(model, window, blocks, reading, world, mapping) for blocks in (training, validation)
-        )
-        mapping, ridge = best_map(learned, held_out)
-    assert mapping is not None
+    parts = (training, validation)
+    ridge: float | None = 0.0
+    learned, held_out = (window_moments(model, window, blocks, reading, world) for blocks in parts)
     if reading.patch:
-        mapping, ridge = patch_map(window_magnitudes(model, window, training, reading, world)), 0.0
+        mapping = patch_map(window_magnitudes(model, window, training, reading, world))
+    else:
+        mapping, ridge = best_map(learned, held_out)
+    for _ in range(1, passes_to_solve(reading.loss)):
+        learned, held_out = (window_moments(model, window, blocks, reading, world, mapping) for blocks in parts)
+        mapping, ridge = best_map(learned, held_out)
     # the mean of the loss over tokens, and for mse over the width
     before = held_out.yy / held_out.tokens / (len(mapping) if reading.loss == "mse" else 1)
     after = before * held_out.unexplained(mapping)
