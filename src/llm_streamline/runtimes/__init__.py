@@ -1,0 +1,1 @@
+"""A saved model in the programs that run it elsewhere: written in their formats, run by them, held against transformers."""
