@@ -37,6 +37,7 @@ FAMILY_NAMES = re.compile(
     r"cohere\w*|deepseek\w*|glm\w*|exaone\w*|baichuan|mamba|jamba)\b",
     re.IGNORECASE,
 )
+PROGRAM = re.compile(r"llama[._-]cpp(\.Llama)?")  # bears the name of a family
 
 
 def imported(path: Path) -> set[str]:
@@ -54,7 +55,7 @@ def test_no_family_is_named_outside_families(path):
     if path.name == "architectures.py":
         assert FAMILY_NAMES.search(path.read_text(encoding="utf-8"))
         return
-    assert not FAMILY_NAMES.findall(path.read_text(encoding="utf-8"))
+    assert not FAMILY_NAMES.findall(PROGRAM.sub("", path.read_text(encoding="utf-8")))
 
 
 @pytest.mark.parametrize("path", PRODUCT, ids=lambda path: path.stem)

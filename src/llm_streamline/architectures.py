@@ -277,3 +277,31 @@ PERIOD_KEYS = ("moe_layer_interval",)
 SUM_NORMALISED = {"do_layer_norm_before": False, "apply_residual_connection_post_layernorm": True}
 NORM_AFTER_MLP = {"do_layer_norm_before": False}  # as above, and the sum's norm comes after the MLP
 INNER_WIDTH_KEYS = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner")
+
+# What llama.cpp derives from a layer's number: per configuration key, the period it takes for granted.
+_SLIDING, _FULL, _CHUNKED = "sliding_attention", "full_attention", "chunked_attention"
+GGUF_COUNTED: dict[str, dict[str, tuple[Any, ...]]] = {
+    "gemma2": {"layer_types": (_SLIDING, _FULL)},
+    "gemma3_text": {"layer_types": (_SLIDING,) * 5 + (_FULL,)},
+    "gpt_oss": {"layer_types": (_SLIDING, _FULL)},
+    "cohere2": {"layer_types": (_SLIDING,) * 3 + (_FULL,)},
+    "smollm3": {"no_rope_layers": (1, 1, 1, 0)},
+    "llama4_text": {"layer_types": (_CHUNKED,) * 3 + (_FULL,), "no_rope_layers": (1, 1, 1, 0)},
+}
+# and the keys that its converter writes down layer by layer
+GGUF_WRITTEN = dict.fromkeys(("granite_swa", "granitemoe_swa", "olmo3"), ("layer_types",))
+# names under which the converter looks for what transformers calls otherwise
+_PARTIAL = "rope_parameters.partial_rotary_factor"
+GGUF_SPELLINGS: dict[str, dict[str, str]] = {
+    "gpt2": {"n_ctx": "n_positions"},
+    "gpt_neox": {"rotary_pct": _PARTIAL},
+    "cohere2": {"rotary_pct": _PARTIAL},
+}
+# llama.cpp's names of the ways to split a text before tokens are merged, by what does the same in tokenizer.json
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+PRE_TOKENIZERS: dict[tuple[str, ...], str] = {
+    ("words",): "gpt-2",
+    ("digits", "words"): "smollm",
+    (_WORDS % r"\p{N}{1,3}",): "llama-bpe",
+    (_WORDS % r"\p{N}",): "qwen2",
+}

@@ -147,6 +147,11 @@ def _plan(similarity: Similarity, shape: ModelShape, recipe: Recipe, choice: Cho
 def check_request(shape: ModelShape, recipe: Recipe) -> list[int]:
     """Where windows can begin. Errors: UserError, before anything is measured, for what no window can give."""
     check_protected(shape, recipe)
+    if recipe.scattered and shape.period > 1:
+        raise UserError(
+            f"--select {recipe.select} takes single layers, and --for gguf needs {shape.period} in a row to go; leave "
+            "out one of them."
+        )
     return [window.start for window in candidates(shape, recipe)]
 
 
@@ -189,7 +194,13 @@ def net_layers(recipe: Recipe, shape: ModelShape) -> int:
     if not match or (not match[2] and "." in match[1]):
         raise UserError(f"--remove {asked} is no number of layers; give one such as 8, or a share such as 25%.")
     layers = shape.num_layers
-    net = int(float(match[1]) * layers / 100 + 0.5) if match[2] else int(match[1])
+    unit = _unit(shape, recipe)
+    net = int(float(match[1]) * layers / 100 / unit + 0.5) * unit if match[2] else int(match[1])
+    if net % unit:
+        raise UserError(
+            f"--remove {asked} with --for gguf is no multiple of {unit}, the layers after which llama.cpp takes their "
+            f"kinds to be repeated; give one, such as {max(1, round(net / unit)) * unit}."
+        )
     if net < 1:
         raise UserError(f"--remove {asked} of {layers} layers removes none; give at least 1.")
     if net >= layers:
@@ -202,6 +213,11 @@ def net_layers(recipe: Recipe, shape: ModelShape) -> int:
     if net > _most(layers, recipe):
         raise UserError(_too_long(net + recipe.occupied, layers, recipe))
     return net
+
+
+def _unit(shape: ModelShape, recipe: Recipe) -> int:
+    """Net layers of which a multiple has to go, so that each window's are a multiple of the period."""
+    return shape.period * recipe.count if shape.period > 1 else 1
 
 
 def _most(layers: int, recipe: Recipe) -> int:
@@ -226,7 +242,8 @@ def _layers_for(max_params: int, shape: ModelShape, recipe: Recipe) -> int:
             f"--max-params {max_params:,} is no less than the {shape.total:,} that {shape.name} has; ask for fewer."
         )
     fewest = shape.total
-    for net in range(recipe.count, _most(shape.num_layers, recipe) + 1):
+    unit = _unit(shape, recipe)
+    for net in range(max(unit, recipe.count), _most(shape.num_layers, recipe) + 1, unit):
         lengths = split_evenly(net + recipe.occupied, recipe.count)
         fewest = shape.total + shape.untied - sum(_least_saved(shape, recipe, length) for length in lengths)
         if fewest <= max_params:
@@ -281,6 +298,11 @@ def _check_given(window: Window, recipe: Recipe, shape: ModelShape) -> None:
         raise UserError(
             f"--window {window} has {len(window)} layers and --replace {recipe.replace} puts {recipe.each} "
             "in their place, so nothing is removed; give a longer window."
+        )
+    if (len(window) - recipe.each) % shape.period:
+        raise UserError(
+            f"--window {window} with --for gguf removes {len(window) - recipe.each} net, no multiple of the "
+            f"{shape.period} layers after which llama.cpp takes their kinds to be repeated; give another length."
         )
 
 

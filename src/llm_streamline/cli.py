@@ -80,6 +80,14 @@ COMMANDS: dict[str, tuple[Callable[..., None], str, set[str] | None]] = {
         _examples("llm-streamline verify shorter", "llm-streamline verify shorter/model --json"),
         None,
     ),
+    "export": (
+        commands.export,
+        _examples(
+            "llm-streamline export shorter --to gguf -o shorter.gguf",
+            "llm-streamline export shorter --to gguf --type q8_0 -o shorter-q8_0.gguf --json",
+        ),
+        None,
+    ),
     "evaluate": (
         commands.evaluate,
         _examples(

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from llm_streamline.records import Record
 
 _WIDE = 160
+_LLAMA_CPP = "The folder of llama.cpp's source, whose converter writes GGUF. [default: $LLAMA_CPP, or the PATH]"
 
 
 def compress(recipe: Recipe, runtime: Runtime) -> None:
@@ -84,11 +85,19 @@ def verify(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run model code that lies in the folder.")
     ] = False,
+    runtime: Annotated[
+        str | None,
+        typer.Option("--runtime", help="Compare this program with transformers instead: llama.cpp, onnxruntime."),
+    ] = None,
+    llama_cpp: Annotated[Path | None, typer.Option("--llama-cpp", help=_LLAMA_CPP)] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the trace of an error.")] = False,
 ) -> None:
-    """Check in a fresh process that a folder computes what it should."""
+    """Check in a fresh process that a folder computes what it should, or that another program computes the same."""
     from llm_streamline import oracle
 
+    if runtime:
+        _in_runtime(folder, runtime, llama_cpp, json_output)
+        return
     found = oracle.verify(folder, trust_remote_code)
     lines = [f"problem: {problem}" for problem in found.problems] or [
         f"verified: logits within {found.logits_error:.1e}, cached = uncached generation, "
@@ -97,6 +106,41 @@ def verify(
     _print(json_output, found, [*lines, *(f"limit: {limit}" for limit in found.limits)])
     if not found.passed:
         raise typer.Exit(1)
+
+
+def _in_runtime(folder: Path, runtime: str, llama_cpp: Path | None, json_output: bool) -> None:
+    from llm_streamline.export import compare_runtime
+    from llm_streamline.report import compared_lines
+
+    found = compare_runtime(str(folder), runtime, llama_cpp)
+    _print(json_output, found, [*(f"problem: {problem}" for problem in found.problems), *compared_lines(found)])
+    if found.problems:
+        raise typer.Exit(1)
+
+
+def export(
+    model: Annotated[str, typer.Argument(help="A model folder, a run folder, or 'bundled'.")],
+    to: Annotated[str, typer.Option("--to", help="The format: gguf (llama.cpp) or onnx (ONNX Runtime).")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The new file, for onnx the new folder.")],
+    number_format: Annotated[
+        str | None,
+        typer.Option(
+            "--type",
+            help="Number format: f32, f16 or bf16; for gguf also q8_0, q4_k_m and the like. [default: the model's, for "
+            "onnx f32]",
+        ),
+    ] = None,
+    llama_cpp: Annotated[Path | None, typer.Option("--llama-cpp", help=_LLAMA_CPP)] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the trace of an error.")] = False,
+) -> None:
+    """Write a model for another program, and compare what that computes with transformers where it is installed."""
+    from llm_streamline.export import export
+    from llm_streamline.report import compared_lines
+
+    found = export(model, to, output, number_format, llama_cpp)
+    size = f"{found.path}: {found.number_format}, {found.bytes / 1e6:.1f} MB"
+    _print(json_output, found, [size, *(line for check in found.checks for line in compared_lines(check))])
 
 
 def demo(

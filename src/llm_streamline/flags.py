@@ -100,9 +100,13 @@ def _parted(given: dict[str, Any], schema: type[Schema]) -> tuple[dict[str, Any]
 
     values = {key: value for key, value in given.items() if value not in (None, False, [])}
     wanted = {key: value for key, value in values.items() if key in schema.model_fields}
-    rest = {key: value for key, value in values.items() if key not in wanted}
-    own = {Runtime.model_fields[k].alias or k: v for k, v in rest.items() if k in Runtime.model_fields}
-    return wanted, Runtime(**own).model_copy(update={"command": command_line()})
+    rest = {key: value for key, value in values.items() if key not in wanted and key in Runtime.model_fields}
+    return _by_alias(schema, wanted), Runtime(**_by_alias(Runtime, rest)).model_copy(update={"command": command_line()})
+
+
+def _by_alias(schema: type[Schema], values: dict[str, Any]) -> dict[str, Any]:
+    """Values under the names that the schema takes them by."""
+    return {schema.model_fields[key].alias or key: value for key, value in values.items()}
 
 
 def _options(schema: type[Schema], leave_out: set[str]) -> list[inspect.Parameter]:

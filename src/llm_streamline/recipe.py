@@ -65,6 +65,12 @@ class Recipe(Schema):
         "the model with the replacements of the first in place, and trains these again with its own; the training "
         "tokens are shared evenly.",
     )
+    for_: Literal["gguf"] | None = Field(
+        None,
+        alias="for",
+        description="A format that the model is to be exported to: with gguf, so many layers go that llama.cpp, which "
+        "tells some models' layers apart by their number, still takes each for what it is.",
+    )
     max_params: Count | None = Field(
         None,
         description="Remove as few layers as bring the model to this many parameters, e.g. 5B. Instead of --remove.",

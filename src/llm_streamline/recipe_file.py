@@ -47,10 +47,10 @@ def to_yaml(recipe: Recipe) -> str:
     """Every field that has a value, in the schema's order; reads back as an equal recipe."""
     import yaml
 
-    return yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True), sort_keys=False)
+    return yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True, by_alias=True), sort_keys=False)
 
 
 def changed_keys(old: Recipe, new: Recipe) -> list[str]:
     """The fields in which two recipes differ, as flags."""
-    pairs = zip(old.model_dump().items(), new.model_dump().values(), strict=True)
+    pairs = zip(old.model_dump(by_alias=True).items(), new.model_dump().values(), strict=True)
     return [f"--{key.replace('_', '-')}" for (key, before), after in pairs if before != after]

@@ -53,7 +53,7 @@ class ModelShape(Record):
     """The counts a plan is made of, in parameters (tied ones once).
 
     `network` is what one stand-in has where it is no layer of the model's own; `untied` what a head has that was one
-    with the embeddings and is to train.
+    with the embeddings and is to train. Of every window, a multiple of `period` net layers has to go.
     """
 
     name: str
@@ -62,6 +62,7 @@ class ModelShape(Record):
     layers: list[int]
     network: int | None = None
     untied: int = 0
+    period: int = 1
 
     @property
     def num_layers(self) -> int:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from llm_streamline.estimate import Estimate
     from llm_streamline.evaluation import Evaluation, ModelScore, Result, Sweep
+    from llm_streamline.runtimes.records import Compared
 
 MOST_OF_A_GROUP = 12  # tasks that the terminal lists one by one
 USUAL_SHARES = (0.125, 0.25, 0.375, 0.5)
@@ -180,6 +181,18 @@ def macro_lines(mean: dict[str, float], tasks: int) -> list[str]:
     return [
         f"macro average over {tasks} tasks: accuracy {mean['accuracy_before']:.3f} -> {mean['accuracy_after']:.3f}, "
         f"stability {mean['stability']:.3f}, flips {mean['flips']:.3f}"
+    ]
+
+
+def compared_lines(found: Compared) -> list[str]:
+    """What another program computes, and what of it was not put to the test."""
+    written = "" if found.number_format == "f32" else ", each after those of transformers,"
+    texts = "" if found.tokenised is None else f", {found.tokenised} texts cut into the same tokens"
+    program = f"{found.runtime} {found.version}, {found.number_format}"
+    return [
+        f"{program}: {found.equal} of {found.tokens} greedy tokens{written} as in transformers, "
+        f"logits within {found.logits_error:.1e}, divergence {found.divergence:.1e} nats{texts}",
+        *(f"limit: {limit}" for limit in found.limits),
     ]
 
 

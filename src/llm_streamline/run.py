@@ -180,7 +180,7 @@ def assemble_model(work: Workspace, trained: Trained, similarity: Similarity, fo
     parts = ModelParts(source, plan, replacement.requires_grad_(False), work.tokenizer, licences, room, healed)
     manifest = Manifest(
         command=work.runtime.command,
-        recipe=work.recipe.model_dump(mode="json", exclude_none=True),
+        recipe=work.recipe.model_dump(mode="json", exclude_none=True, by_alias=True),
         plan=plan,
         layer_map=plan.layer_map(),
         tensors={},

@@ -48,6 +48,7 @@ def _sentence(error: ValidationError, schema: type[BaseModel]) -> str:
     complaint = problem["msg"].removeprefix("Value error, ")
     if not key:
         return f"{complaint}."
-    help_text = (schema.model_fields[key].description or "").split(" [default")[0]
+    field = next(field for name, field in schema.model_fields.items() if key in (name, field.alias))
+    help_text = (field.description or "").split(" [default")[0]
     flag = f"--{key.replace('_', '-')}"
     return f"{flag} was given {problem['input']!r} ({complaint}); it takes: {help_text}"

@@ -11,10 +11,14 @@ from llm_streamline.heal import parse_heal
 from llm_streamline.recipe import Recipe
 from llm_streamline.records import ModelShape
 from llm_streamline.replacement import build_replacement
+from llm_streamline.runtimes.patterns import gguf_period
 
 
 def shape_of(skeleton: PreTrainedModel, recipe: Recipe) -> ModelShape:
-    """The counts of a model on the device that holds nothing, and of what the recipe adds to it."""
+    """The counts of a model on the device that holds nothing, and of what the recipe adds to it.
+
+    Errors: UserError for a model that the format it is to be exported to cannot hold whatever goes.
+    """
     total, layers = parameter_counts(skeleton)
     network = None
     if recipe.network:
@@ -27,4 +31,5 @@ def shape_of(skeleton: PreTrainedModel, recipe: Recipe) -> ModelShape:
         layers=layers,
         network=network,
         untied=head_of_its_own(skeleton, parse_heal(recipe.heal)),
+        period=gguf_period(skeleton.config, recipe.model) if recipe.for_ else 1,
     )

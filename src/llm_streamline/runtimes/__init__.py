@@ -1,1 +1,1 @@
-"""A saved model in the programs that run it elsewhere: written in their formats, run by them, held against transformers."""
+"""A saved model in the programs that run it elsewhere: in their formats, run by them, held against transformers."""
