@@ -32,7 +32,7 @@ test: $(VENV)/installed-dev
 matrix: $(VENV)/installed-dev
 	$(OFFLINE) OMP_NUM_THREADS=1 STREAMLINE_MATRIX=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal \
 		tests/test_families.py tests/test_linear.py tests/test_above.py tests/test_forward.py tests/test_analyze.py \
-		tests/test_replacement.py tests/test_train.py tests/test_upper.py tests/test_offload.py
+		tests/test_replacement.py tests/test_train.py tests/test_upper.py tests/test_offload.py tests/test_onnx.py
 
 bench: $(VENV)/installed-dev
 	$(OFFLINE) $(BIN)/python -m bench

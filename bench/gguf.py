@@ -25,7 +25,7 @@ from llm_streamline.runtimes.compare import compare
 from llm_streamline.runtimes.gguf import find_converter
 from llm_streamline.runtimes.gguf_model import GgufModel
 from llm_streamline.runtimes.patterns import mixed_keys, why_not_gguf
-from llm_streamline.runtimes.spelling import respelled
+from llm_streamline.runtimes.spelling import earlier_names
 from tests import tiny
 
 KEPT = {"cut": [0, 3, 4, 5], "whole": list(range(tiny.LAYERS))}
@@ -78,8 +78,8 @@ def _compared(config: object) -> str:
         tokenizer.save_pretrained(folder)
         sink = io.StringIO()
         with contextlib.redirect_stderr(sink), contextlib.redirect_stdout(sink):
-            view = str(respelled(folder, Path(scratch) / "view"))
-            convert.main(find_converter(), "gpt-2", [view, "--outfile", str(file), "--outtype", "f32"])
+            options = [str(folder), "--outfile", str(file), "--outtype", "f32"]
+            convert.main(find_converter(), "gpt-2", earlier_names(folder), options)
         prompts = torch.randint(3, config.vocab_size, (PROMPTS, LENGTH)).tolist()
         difference = compare(model, GgufModel(file, 2 * LENGTH), prompts, exact=True)
     return f"{difference.equal}/{difference.tokens} {difference.error:.1e}"

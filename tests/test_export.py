@@ -15,12 +15,12 @@ from llm_streamline.architectures import PRE_TOKENIZERS
 from llm_streamline.errors import UserError, VerificationError
 from llm_streamline.export import compare_runtime, exportable
 from llm_streamline.families import sliced_config
-from llm_streamline.runtimes import check, compare, gguf
+from llm_streamline.runtimes import check, compare, gguf, writers
 from llm_streamline.runtimes.compare import NEW_TOKENS, prompts_of
-from llm_streamline.runtimes.convert import name_pre_tokenizer
+from llm_streamline.runtimes.convert import add_settings, name_pre_tokenizer
 from llm_streamline.runtimes.patterns import gguf_period, why_not_gguf
 from llm_streamline.runtimes.pre_tokenizer import pre_tokenizer
-from llm_streamline.runtimes.spelling import respelled
+from llm_streamline.runtimes.spelling import earlier_names
 from llm_streamline.runtimes.texts import TEXTS
 from tests import tiny
 
@@ -62,7 +62,7 @@ def program(llama_folder, monkeypatch, tmp_path):
     monkeypatch.setattr(gguf, "convert", lambda folder, target, *_: target.write_text(str(folder)))
     monkeypatch.setattr(gguf, "quantise", lambda source, target, *_: shutil.copy(source, target))
     played = SimpleNamespace(wrong=0.0, scale=1.0)
-    monkeypatch.setattr(export, "GgufModel", lambda path, _: Program(path.read_text(), played.wrong, played.scale))
+    monkeypatch.setattr(writers, "GgufModel", lambda path, _: Program(path.read_text(), played.wrong, played.scale))
     return played
 
 
@@ -132,7 +132,8 @@ def test_what_cannot_be_exported_is_one_sentence(program, llama_folder, tmp_path
     target.touch()
     cases = {
         ("gguf", target, None): "is there already",
-        ("exe", tmp_path / "a", None): "give one of: gguf",
+        ("exe", tmp_path / "a", None): "give one of: gguf, onnx",
+        ("onnx", tmp_path / "a", "bf16"): "--type bf16 is not known for onnx; give one of: f32",
         ("gguf", tmp_path / "a", "q9"): "--type q9 is not known for gguf; give one of: f32",
     }
     for (to, output, number_format), words in cases.items():
@@ -169,7 +170,9 @@ def test_the_converter_is_found_where_it_is_named(tmp_path, monkeypatch):
 
 def test_a_converter_that_fails_is_quoted(llama_folder, tmp_path):
     script = tmp_path / gguf.SCRIPT
-    script.write_text("import sys\ndef main(): sys.exit('no such kind')\nclass TextModel: get_vocab_base_pre = None")
+    script.write_text(
+        "import sys\ndef main(): sys.exit('no such kind')\nclass TextModel: get_vocab_base_pre = None\nclass ModelBase: load_hparams = None"
+    )
     with pytest.raises(UserError, match=r"does not take .* \(no such kind\); export another model"):
         gguf.convert(llama_folder, tmp_path / "new.gguf", script, "f32")
     assert not (tmp_path / "new.gguf").exists()
@@ -231,14 +234,19 @@ def test_the_name_is_used_only_where_the_converter_knows_none():
     assert [TextModel().get_vocab_base_pre(which) for which in ("known", "unknown")] == ["its own", "ours"]
 
 
-def test_names_of_earlier_years_are_added_for_the_converter(tmp_path):
-    folder = tiny.make_folder(tmp_path / "model", "gpt2")
-    assert "n_ctx" not in json.loads((folder / "config.json").read_text())
-    view = respelled(folder, tmp_path / "scratch")
-    assert json.loads((view / "config.json").read_text())["n_ctx"] == tiny.CONTEXT
-    assert (view / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
-    llama = tiny.make_folder(tmp_path / "llama", "llama")
-    assert respelled(llama, tmp_path / "scratch") == llama
+def test_settings_are_told_by_the_names_of_earlier_years(tmp_path):
+    names = {name: earlier_names(tiny.make_folder(tmp_path / name, name)) for name in ("gpt2", "gpt_neox", "llama")}
+    assert names == {"gpt2": {"n_ctx": tiny.CONTEXT}, "gpt_neox": {"rotary_pct": 0.25}, "llama": {}}
+
+
+def test_a_setting_that_the_converter_finds_wins():
+    class ModelBase:
+        @staticmethod
+        def load_hparams(folder, mistral):
+            return {"width": 8, "folder": folder}
+
+    add_settings(ModelBase, {"width": 4, "n_ctx": 16})
+    assert ModelBase.load_hparams("here", False) == {"width": 8, "folder": "here", "n_ctx": 16}
 
 
 def counted(kinds):
@@ -260,4 +268,4 @@ def test_layers_that_are_counted_have_to_follow_the_period():
 def test_kinds_of_layers_that_nobody_is_known_to_read_are_refused():
     why = why_not_gguf(tiny.CONFIGS["dots1"])
     assert why and why.startswith("its layer_types differ from layer to layer, which llama.cpp is not known to read")
-    assert why_not_gguf(tiny.CONFIGS["granite_swa"]) is None  # whose list the converter writes
+    assert why_not_gguf(tiny.CONFIGS["olmo3"]) is None  # whose list the converter writes

@@ -289,11 +289,11 @@ GGUF_COUNTED: dict[str, dict[str, tuple[Any, ...]]] = {
     "llama4_text": {"layer_types": (_CHUNKED,) * 3 + (_FULL,), "no_rope_layers": (1, 1, 1, 0)},
 }
 # and the keys that its converter writes down layer by layer
-GGUF_WRITTEN = dict.fromkeys(("granite_swa", "granitemoe_swa", "olmo3"), ("layer_types",))
-# names under which the converter looks for what transformers calls otherwise
-_PARTIAL = "rope_parameters.partial_rotary_factor"
-GGUF_SPELLINGS: dict[str, dict[str, str]] = {
-    "gpt2": {"n_ctx": "n_positions"},
+GGUF_WRITTEN = dict.fromkeys(("cohere2_moe", "olmo3"), ("layer_types",))
+# names under which the converter looks for what transformers calls otherwise, and what an absent value means
+_PARTIAL = ("rope_parameters.partial_rotary_factor", 1.0)
+GGUF_SPELLINGS: dict[str, dict[str, tuple[str, Any]]] = {
+    "gpt2": {"n_ctx": ("n_positions", None)},
     "gpt_neox": {"rotary_pct": _PARTIAL},
     "cohere2": {"rotary_pct": _PARTIAL},
 }

@@ -85,6 +85,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], str, set[str] | None]] = {
         _examples(
             "llm-streamline export shorter --to gguf -o shorter.gguf",
             "llm-streamline export shorter --to gguf --type q8_0 -o shorter-q8_0.gguf --json",
+            "llm-streamline export shorter --to onnx -o shorter-onnx",
         ),
         None,
     ),

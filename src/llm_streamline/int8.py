@@ -1,4 +1,4 @@
-"""A shortened model's folder -> the same with int8 weights, by torchao: an ordinary folder for transformers and torchao."""
+"""A shortened model's folder -> the same with int8 weights, by torchao: ordinary for transformers with torchao."""
 
 from __future__ import annotations
 

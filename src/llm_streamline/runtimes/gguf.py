@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 from llm_streamline.errors import UserError
 from llm_streamline.runtimes.pre_tokenizer import pre_tokenizer
-from llm_streamline.runtimes.spelling import respelled
+from llm_streamline.runtimes.spelling import earlier_names
 
 SCRIPT = "convert_hf_to_gguf.py"
 CONVERTED = ("f32", "f16", "bf16")  # number formats that the converter writes
@@ -42,11 +42,10 @@ def find_converter(llama_cpp: Path | None = None) -> Path:
 
 def convert(folder: Path, target: Path, converter: Path, number_format: str) -> None:
     """Write the GGUF file `target` of a model folder. Errors: UserError, with what the converter said."""
-    command = [sys.executable, "-m", "llm_streamline.runtimes.convert", str(converter), pre_tokenizer(folder) or ""]
-    options = ["--outfile", str(target), "--outtype", number_format]
-    with tempfile.TemporaryDirectory(prefix="llm-streamline-") as scratch:
-        view = respelled(folder, Path(scratch))
-        _run([*command, str(view), *options], target, f"llama.cpp's converter ({converter}) does not take {folder}")
+    told = [str(converter), pre_tokenizer(folder) or "", json.dumps(earlier_names(folder))]
+    options = [str(folder), "--outfile", str(target), "--outtype", number_format]
+    command = [sys.executable, "-m", "llm_streamline.runtimes.convert", *told, *options]
+    _run(command, target, f"llama.cpp's converter ({converter}) does not take {folder}")
 
 
 def quantise(source: Path, target: Path, number_format: str) -> None:

@@ -262,6 +262,9 @@ class OnnxModel:
             made += given
         return made
 
+    def close(self) -> None:
+        del self._session
+
     def _nothing(self) -> dict[str, np.ndarray]:
         """The cache before the first token."""
         return {name: np.zeros((1, shape[1], 0, shape[3]), np.float32) for name, shape in self._past.items()}

@@ -18,3 +18,7 @@ class Runner(Protocol):
     def greedy(self, ids: Sequence[int], new: int) -> list[int]:
         """So many tokens after the prompt, each the likeliest, through the runtime's cache; no end token stops it."""
         ...
+
+    def close(self) -> None:
+        """Let go of the weights."""
+        ...
