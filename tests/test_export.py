@@ -170,9 +170,8 @@ def test_the_converter_is_found_where_it_is_named(tmp_path, monkeypatch):
 
 def test_a_converter_that_fails_is_quoted(llama_folder, tmp_path):
     script = tmp_path / gguf.SCRIPT
-    script.write_text(
-        "import sys\ndef main(): sys.exit('no such kind')\nclass TextModel: get_vocab_base_pre = None\nclass ModelBase: load_hparams = None"
-    )
+    classes = "class TextModel: get_vocab_base_pre = None\nclass ModelBase: load_hparams = None"
+    script.write_text(f"import sys\ndef main(): sys.exit('no such kind')\n{classes}")
     with pytest.raises(UserError, match=r"does not take .* \(no such kind\); export another model"):
         gguf.convert(llama_folder, tmp_path / "new.gguf", script, "f32")
     assert not (tmp_path / "new.gguf").exists()

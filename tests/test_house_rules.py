@@ -31,6 +31,8 @@ CONDUCTORS = {
     "__init__",
     "__main__",
     "sweep",
+    "chain",
+    "export",
 }
 FAMILY_NAMES = re.compile(
     r"\b(llama|opt|mistral|mixtral|qwen\w*|gemma\w*|phi3?|gpt2|gpt_neox?|bloom|falcon|olmo\w*|granite|starcoder\w*|smollm\w*|"

@@ -213,6 +213,14 @@ def _shards(folder: Path) -> list[str]:
     return ["model.safetensors"] if (folder / "model.safetensors").is_file() else []
 
 
+def weight_bytes(folder: Path) -> int | None:
+    """Bytes of a folder's weights on the disk; None for what is no folder here."""
+    if not folder.is_dir():
+        return None
+    names = _shards(folder) or [path.name for path in folder.glob("pytorch_model*.bin")]
+    return sum((folder / name).stat().st_size for name in names)
+
+
 def checkpoint_dtype(source: Source, config: PretrainedConfig) -> torch.dtype:
     """The number format the checkpoint's weights are in: the configuration's word, else the first stored tensor's."""
     dtype = getattr(config, "dtype", None)

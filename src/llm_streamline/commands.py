@@ -41,6 +41,7 @@ def _summary(result: Result) -> list[str | Table]:
         report.summary_table(result.plan, result.scores),
         *report.summary_lines(result),
         *report.kept_lines(result.evaluation),
+        *([report.chain_table(result.chain)] if result.chain else []),
         f"report    {result.report}",
     ]
 

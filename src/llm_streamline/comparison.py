@@ -178,3 +178,25 @@ def stabilities(model: ModelScore, tasks: Sequence[str]) -> tuple[Stability, ...
 def _common(dense: ModelScore, model: ModelScore) -> list[TaskScore]:
     kinds = {(one.task, one.metric) for one in model.tasks}
     return [one for one in dense.tasks if (one.task, one.metric) in kinds]
+
+
+def mean_accuracy(one: ModelScore) -> tuple[float | None, Interval | None]:
+    """Over all tasks, each weighing the same, with its 95 % interval over items; None where none was asked."""
+    return _of_tasks([(task.value, task.interval) for task in one.tasks])
+
+
+def mean_stability(one: ModelScore) -> tuple[float | None, Interval | None]:
+    """The same of stability against the dense model."""
+    return _of_tasks([(task.stability, task.stability_interval) for task in one.stability or ()])
+
+
+def _of_tasks(found: Sequence[tuple[float, Interval | None]]) -> tuple[float | None, Interval | None]:
+    """Of tasks, in which items are independent: half the width of its interval is that of their errors' sum."""
+    if not found:
+        return None, None
+    value = fmean(one for one, _ in found)
+    halves = [(interval[1] - interval[0]) / 2 for _, interval in found if interval]
+    if len(halves) < len(found):
+        return value, None
+    half = math.hypot(*halves) / len(found)
+    return value, (value - half, value + half)

@@ -8,11 +8,11 @@ from pydantic import BeforeValidator, Field
 
 from llm_streamline.answers import Stability
 from llm_streamline.quantities import Count
-from llm_streamline.records import Fit, Fitted, LayerPlan, Record, Scores, Verification
+from llm_streamline.records import Fit, Fitted, LayerPlan, Loss, Record, Scores, Verification
 from llm_streamline.schema import Schema, as_several
 
 Interval = tuple[float, float]
-EVALUATION = "evaluation.json"
+EVALUATION, CHAIN = "evaluation.json", "chain.json"
 EXACT = "exact match"  # the metric of written tasks
 LOOPING = 0.5  # share of repeated 4-grams above which a text goes round in circles
 EARLY = 8  # tokens: a sample that ends before has hardly begun
@@ -246,6 +246,35 @@ class Evaluation(Record):
     versions: dict[str, str] | None = None
 
 
+class Lighter(Record):
+    """The shortened model with fewer bits per weight, at `path` in the run folder; `claim` is what its check found."""
+
+    kind: str
+    path: str
+    bytes: int | None
+    loss: Loss
+    claim: str
+
+
+class Link(Record):
+    """One model of a chain dense -> shortened -> quantised; `bytes` are of its weights on the disk.
+
+    `nats` is its loss on the run's held-out text; `accuracy` and `stability`, against the dense model, are means over
+    tasks. None is what was not measured.
+    """
+
+    name: str
+    path: str
+    bytes: int | None
+    nats: float
+    accuracy: float | None
+    stability: float | None
+
+
+class Chain(Record):
+    links: list[Link]
+
+
 class Result(Record):
     """What `compress` hands back; every part of it also lies in the run folder. No evaluation where none was asked."""
 
@@ -258,6 +287,7 @@ class Result(Record):
     model: str
     report: str
     evaluation: Evaluation | None
+    chain: Chain | None = None
 
 
 class Point(Record):

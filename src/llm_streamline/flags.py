@@ -19,12 +19,22 @@ _SHORT = {"output": "-o"}
 ONLY_COMPRESS = {
     *("window", "windows", "rounds", "init", "loss", "temperature", "tokens", "batch", "accumulate", "lr", "min_lr"),
     *("weight_decay", "warmup", "clip", "dtype", "preset", "dry_run", "tracker", "tasks", "checkpoint_every", "fresh"),
-    *("epochs", "cache", "optimizer", "beside"),
+    *("epochs", "cache", "optimizer", "beside", "then"),
 }
 NOT_ESTIMATE = {"dry_run", "tracker", "tasks", "checkpoint_every", "worker_timeout", "fresh"}
-NOT_ESTIMATE |= {"beside", "seed", "lr", "min_lr", "clip", "warmup", "temperature"}
-NOT_EVALUATE = {"tracker", "dry_run", "models", "checkpoint_every", "worker_timeout", "fresh", "cache", "beside"}
-NOT_SWEEP = {"window", "max_params"}
+NOT_ESTIMATE |= {"beside", "then", "seed", "lr", "min_lr", "clip", "warmup", "temperature"}
+NOT_EVALUATE = {
+    "tracker",
+    "dry_run",
+    "models",
+    "checkpoint_every",
+    "worker_timeout",
+    "fresh",
+    "cache",
+    "beside",
+    "then",
+}
+NOT_SWEEP = {"window", "max_params", "then"}
 
 
 def _annotation(kind: Any) -> Any:

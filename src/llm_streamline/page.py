@@ -14,7 +14,7 @@ import jinja2
 from llm_streamline import charts, findings, scoreboard, tables, verdict
 from llm_streamline.card import TEMPLATES, score_rows, trainings
 from llm_streamline.comparison import compared, saved_of, units
-from llm_streamline.evaluation import EVALUATION, Evaluation
+from llm_streamline.evaluation import CHAIN, EVALUATION, Chain, Evaluation
 from llm_streamline.files import write_text
 from llm_streamline.oracle import MANIFEST
 from llm_streamline.ranking import RANKING, Ranking, confidences
@@ -38,6 +38,7 @@ def write_report(folder: Path) -> Path:
         (folder / "recipe.yaml").read_text(encoding="utf-8"),
         Evaluation.read(folder / EVALUATION) if (folder / EVALUATION).exists() else None,
         Ranking.read(folder / RANKING) if (folder / RANKING).exists() else None,
+        Chain.read(folder / CHAIN) if (folder / CHAIN).exists() else None,
     )
     write_text(folder / PAGE, html)
     return folder / PAGE
@@ -55,6 +56,7 @@ def render(
     recipe: str,
     found: Evaluation | None = None,
     ranking: Ranking | None = None,
+    chain: Chain | None = None,
 ) -> str:
     plan, scores, fit = manifest.plan, manifest.scores, manifest.fit
     assert scores is not None  # a page of a run that is not finished is not asked for
@@ -73,6 +75,7 @@ def render(
         warnings=found.warnings if found else (),
         tiles=[*tiles(plan, scores), *(scoreboard.tiles(found, saved) if found and saved else [])],
         board=scoreboard.board(found) if found else None,
+        chain=chain and tables.chain(chain),
         bars=excess_bars(plan, scores),
         before=source_layers(plan),
         after=plan.layer_map(),

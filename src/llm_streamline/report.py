@@ -6,9 +6,10 @@ import math
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from llm_streamline import verdict
+from llm_streamline import tables, verdict
 from llm_streamline.answers import FEWEST_EFFECTIVE, SIGNIFICANCE, Stability
 from llm_streamline.card import score_rows
+from llm_streamline.comparison import saved_of
 from llm_streamline.findings import sentence, sentences
 from llm_streamline.ranking import NAMES, Ranking, confidences, disagreement
 from llm_streamline.ranking import table as ranking_rows
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from llm_streamline.estimate import Estimate
-    from llm_streamline.evaluation import Evaluation, ModelScore, Result, Sweep
+    from llm_streamline.evaluation import Chain, Evaluation, ModelScore, Result, Sweep
     from llm_streamline.runtimes.records import Compared
 
 MOST_OF_A_GROUP = 12  # tasks that the terminal lists one by one
@@ -94,6 +95,15 @@ def summary_table(plan: LayerPlan, scores: Scores) -> Table:
     table = _table("model", "layers", "parameters", "held-out loss", "excess, nats")
     for name, layers, parameters, loss, _, excess in score_rows(plan, scores):
         table.add_row(name, layers, parameters, loss, excess)
+    return table
+
+
+def chain_table(found: Chain) -> Table:
+    """What each step of dense -> shortened -> quantised leaves; empty what was not measured."""
+    rows = tables.chain(found)
+    table = _table(*rows.head)
+    for row in rows.rows:
+        table.add_row(*row)
     return table
 
 
@@ -226,10 +236,11 @@ def evaluation_lines(found: Evaluation) -> list[str | Table]:
 
 
 def kept_lines(found: Evaluation | None) -> list[str]:
-    """What a run's saved model, the last one, keeps, and what is not as it seems; nothing where nothing was asked."""
+    """What a run's saved model keeps, and what is not as it seems; nothing where nothing was asked."""
     if found is None:
         return []
-    return [f"kept      {sentence(found, found.models[-1])}", *(f"warning   {one}" for one in found.warnings)]
+    saved = saved_of(found) or found.models[-1]
+    return [f"kept      {sentence(found, saved)}", *(f"warning   {one}" for one in found.warnings)]
 
 
 def _folded(model: ModelScore) -> set[str]:

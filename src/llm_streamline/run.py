@@ -12,10 +12,11 @@ from llm_streamline.analyze import analyze
 from llm_streamline.assemble import Parts as ModelParts
 from llm_streamline.assemble import assemble
 from llm_streamline.card import CARD, is_licence, origin, source_files, write_card
+from llm_streamline.chain import check_then, links, make_lighter, standing
 from llm_streamline.choose import check_request
 from llm_streamline.comparison import CUT, SAVED
 from llm_streamline.errors import Dismissed, UserError
-from llm_streamline.evaluation import EVALUATION, Evaluation, Request, Result
+from llm_streamline.evaluation import CHAIN, EVALUATION, Chain, Evaluation, Lighter, Request, Result
 from llm_streamline.files import free_space, sha256
 from llm_streamline.forward import substituted
 from llm_streamline.healing import check_healing, heal, load_healed
@@ -96,14 +97,27 @@ def finish(work: Workspace, folder: RunFolder, tasks: list[Task], similarity: Si
     verification = assemble_model(work, trained, similarity, folder)
     memory.release()
     scores = folder.stage("scores.json", Scores, lambda: score(work, plan, folder))
-    evaluation, news = evaluate_models(work, plan, tasks, folder)
+    lighter = make_lighter(work, plan, folder)
+    evaluation, news = evaluate_models(work, plan, tasks, folder, lighter)
     publish_scores(scores, evaluation, folder, news)
-    if news or not folder.has(PAGE):
+    chain = chained(work, scores, lighter, evaluation, folder)
+    if news or lighter or not folder.has(PAGE):
         write_report(folder.path)
     places = {"model": str(folder.path / "model"), "report": str(folder.path / PAGE)}
     found = {"scores": scores, "verification": verification, "evaluation": evaluation}
     fits = {"fit": trained.fit, "earlier": earlier_fits(work, folder), "healing": trained.healing}
-    return Result(plan=plan, **fits, **found, **places)
+    return Result(plan=plan, **fits, **found, **places, chain=chain)
+
+
+def chained(
+    work: Workspace, scores: Scores, lighter: Lighter | None, evaluation: Evaluation | None, folder: RunFolder
+) -> Chain | None:
+    """Written as chain.json, where a lighter model was asked for."""
+    if lighter is None:
+        return None
+    chain = Chain(links=links(work, scores, lighter, evaluation, folder.path))
+    chain.write(folder.file(CHAIN))
+    return chain
 
 
 def evaluate(request: Request, runtime: Runtime) -> Evaluation:
@@ -127,6 +141,7 @@ def check_all(work: Workspace) -> None:
     work.recipe.objective.check(work.config.vocab_size)
     check_training(work)
     check_healing(work)
+    check_then(work)
     work.estimate.check(free_space(work.runtime.output))
 
 
@@ -224,7 +239,7 @@ def tasks_given(work: Workspace) -> tuple[str, ...]:
 
 
 def evaluate_models(
-    work: Workspace, plan: LayerPlan, tasks: list[Task], folder: RunFolder
+    work: Workspace, plan: LayerPlan, tasks: list[Task], folder: RunFolder, lighter: Lighter | None
 ) -> tuple[Evaluation | None, bool]:
     """Stage 7: the models' answers, writing and speed, and whether there is any news in them.
 
@@ -234,11 +249,15 @@ def evaluate_models(
         return None, False
     if folder.has(EVALUATION):
         kept = Evaluation.read(folder.path / EVALUATION)
-        if {task.name for task in tasks} <= {task.task for task in kept.models[0].tasks}:
+        missing = {lighter.kind} - {model.label for model in kept.models} if lighter else set()
+        if not missing and {task.name for task in tasks} <= {task.task for task in kept.models[0].tasks}:
             return kept, False
     blocks = work.parts.validation
     own = own_questions(blocks, work.tokenizer, work.recipe.seed, folder.path)
-    found = evaluate_run(standings(work, plan, folder), [*own, *tasks], blocks, folder.path, work.runtime)
+    models = standings(work, plan, folder)
+    if lighter:
+        models[lighter.kind] = standing(work, lighter, models[SAVED], folder.path)
+    found = evaluate_run(models, [*own, *tasks], blocks, folder.path, work.runtime)
     found.write(folder.path / EVALUATION)
     return found, True
 

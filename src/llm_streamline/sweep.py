@@ -6,14 +6,13 @@ them, the similarities and the dense model's answers, is taken from the first.
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
 from llm_streamline import checkpoint, run, sweep_figure
 from llm_streamline.choose import net_layers
+from llm_streamline.comparison import mean_accuracy, mean_stability, saved_of
 from llm_streamline.errors import UserError
 from llm_streamline.evaluation import Evaluation, Interval, ModelScore, Point, Request, Result, Sweep
 from llm_streamline.families import parameter_counts
@@ -123,7 +122,7 @@ def _sweep(recipe: Recipe, results: dict[str, Result]) -> Sweep:
 
 
 def _point(ratio: str, result: Result) -> Point:
-    plan, saved = result.plan, result.evaluation.models[-1] if result.evaluation else None
+    plan, saved = result.plan, saved_of(result.evaluation) if result.evaluation else None
     return Point(
         name=ratio,
         layers=plan.num_layers - plan.net,
@@ -140,7 +139,7 @@ def _point(ratio: str, result: Result) -> Point:
 def _answers(one: ModelScore | None) -> dict[str, float | Interval | None]:
     if one is None or not one.tasks:
         return {}
-    value, interval = _mean([(task.value, task.interval) for task in one.tasks])
+    value, interval = mean_accuracy(one)
     return {"accuracy": value, "accuracy_interval": interval}
 
 
@@ -148,21 +147,8 @@ def _compared(one: ModelScore | None) -> dict[str, float | Interval | None]:
     if one is None:
         return {}
     alone = next((timing for timing in one.timings if timing.batch == 1), None)
-    speed: dict[str, float | Interval | None] = {"decode": alone.decode_ratio if alone else None}
-    if not one.stability:
-        return speed
-    value, interval = _mean([(task.stability, task.stability_interval) for task in one.stability])
-    return {"stability": value, "stability_interval": interval, **speed}
-
-
-def _mean(found: Sequence[tuple[float, Interval | None]]) -> tuple[float, Interval | None]:
-    """Of tasks, in which items are independent: half the width of its interval is that of their errors' sum."""
-    value = sum(one for one, _ in found) / len(found)
-    halves = [(interval[1] - interval[0]) / 2 for _, interval in found if interval]
-    if len(halves) < len(found):
-        return value, None
-    half = math.hypot(*halves) / len(found)
-    return value, (value - half, value + half)
+    value, interval = mean_stability(one)
+    return {"stability": value, "stability_interval": interval, "decode": alone.decode_ratio if alone else None}
 
 
 def _beside(recipe: Recipe, runtime: Runtime, subject: Subject, root: Path, found: Sweep) -> Point:

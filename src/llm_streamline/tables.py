@@ -10,7 +10,7 @@ from typing import TypeVar
 from llm_streamline import verdict
 from llm_streamline.answers import Stability
 from llm_streamline.comparison import compared, dense_of, is_share, units
-from llm_streamline.evaluation import Evaluation, Flips, Interval, ModelScore, TextScore
+from llm_streamline.evaluation import Chain, Evaluation, Flips, Interval, ModelScore, TextScore
 from llm_streamline.findings import (
     perplexities,
     ranking,
@@ -66,6 +66,22 @@ def _glance(found: Evaluation, model: ModelScore) -> list[str]:
         "".join(speed(model)).removeprefix("decode ").partition(" ")[0],
         "".join(weight(dense, model)).removesuffix(" bytes") if dense else "",
     ]
+
+
+def chain(found: Chain) -> Table:
+    """What each step of dense -> shortened -> quantised leaves of the size and of the answers."""
+    dense = found.links[0].bytes
+    rows = [
+        [
+            one.name,
+            "" if one.bytes is None else f"{one.bytes / 1e6:,.1f}",
+            f"{one.bytes / dense:.0%}" if one.bytes and dense else "",
+            verdict.perplexity(one.nats),
+            *("" if value is None else f"{value:.3f}" for value in (one.accuracy, one.stability)),
+        ]
+        for one in found.links
+    ]
+    return Table(["model", "MB", "of dense", "perplexity", "accuracy", "stability"], rows, names=1)
 
 
 def figures(found: Evaluation) -> Table | None:

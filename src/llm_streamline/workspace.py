@@ -41,7 +41,7 @@ MADE = {  # what a run makes in its folder: all that --fresh may delete
     *("checkpoint.safetensors", "checkpoint-best.safetensors", "cache", "rounds"),
     *("healed", "healing.safetensors", "healing-best.safetensors"),
     *("tracking", "replacement", "model", "scores.json", "own-text.jsonl", "items", "scores", "evaluation.json"),
-    *("report.html", RECIPE),
+    *("report.html", "int8.json", "model-int8", "int4.json", "model-q4_k_m.gguf", "chain.json", RECIPE),
 }
 R = TypeVar("R", bound=Record)
 

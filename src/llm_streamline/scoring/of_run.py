@@ -40,6 +40,7 @@ class Standing:
     load: Callable[[], PreTrainedModel]
     during: Callable[[], AbstractContextManager[object]] = field(default=nullcontext)
     path: str | None = None
+    only_asked: bool = False  # neither lets itself be asked to write nor be timed
 
     @cached_property
     def model(self) -> PreTrainedModel:
@@ -71,11 +72,12 @@ def evaluate_run(
     request = Request(models=tuple(standings), against=DENSE)
     evaluators = {label: Evaluator(one, label, request, folder, runtime.quiet) for label, one in standings.items()}
     openings = own_openings(blocks, dense.tokenizer, SAMPLES, min(OPENING, blocks.shape[1] // 2))
+    whole = [label for label, one in standings.items() if label != CUT and not one.only_asked]
     found = []
     for label, one in evaluators.items():
         one.check(tasks)
         with standings[label].during():
-            found.append(one.run(tasks, (), () if label == CUT else openings))
-    timed = [one for label, one in evaluators.items() if label != CUT]
+            found.append(one.run(tasks, (), openings if label in whole else ()))
+    timed = [evaluators[label] for label in whole]
     found = with_speed(found, timed, DENSE, runtime)
     return concluded(found, DENSE, folder, runtime)

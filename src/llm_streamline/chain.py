@@ -1,0 +1,124 @@
+"""A shortened model with fewer bits per weight besides: written, checked, and told beside the others."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from llm_streamline import memory
+from llm_streamline.checkpoint import weight_bytes
+from llm_streamline.comparison import mean_accuracy, mean_stability, saved_of
+from llm_streamline.errors import UserError
+from llm_streamline.evaluation import Evaluation, Lighter, Link
+from llm_streamline.export import export
+from llm_streamline.files import remove, sha256
+from llm_streamline.int8 import INT8, check_int8, write_int8
+from llm_streamline.oracle import MANIFEST
+from llm_streamline.progress import progress, say
+from llm_streamline.records import LayerPlan, Loss, Manifest, Scores
+from llm_streamline.report import compared_lines
+from llm_streamline.runtimes import gguf
+from llm_streamline.runtimes.check import require
+from llm_streamline.runtimes.language_model import GgufLanguageModel
+from llm_streamline.runtimes.patterns import gguf_period
+from llm_streamline.scoring.of_run import DENSE, Standing
+from llm_streamline.scoring.perplexity import next_token_loss, token_losses
+from llm_streamline.workspace import RunFolder, Workspace
+
+INT4, INT4_TYPE = "int4", "q4_k_m"
+PLACES = {INT8: "model-int8", INT4: f"model-{INT4_TYPE}.gguf"}
+
+
+def check_then(work: Workspace) -> None:
+    """Errors: UserError, before anything is measured, where a lighter model cannot be written or run."""
+    then = work.runtime.then
+    if then and work.recipe.network:
+        raise UserError(f"--then {then} is for models that load without code of their own; use a stock --replace.")
+    if then == INT8:
+        check_int8()
+    if then == INT4:
+        require("llama.cpp")
+        gguf.find_converter()
+        if gguf_period(work.config, work.recipe.model) > 1 and not work.recipe.for_:
+            raise UserError("--then int4 writes GGUF, where llama.cpp counts this model's layers; add --for gguf.")
+
+
+def make_lighter(work: Workspace, plan: LayerPlan, folder: RunFolder) -> Lighter | None:
+    """The model that `--then` asks for, in the run folder, with its held-out loss; None where it asks for none.
+
+    Errors: VerificationError, with nothing written, for one that does not compute what it should.
+    """
+    then = work.runtime.then
+    if then is None:
+        return None
+    make = {INT8: _int8, INT4: _int4}[then]
+    return folder.stage(f"{then}.json", Lighter, lambda: make(work, folder))
+
+
+def _int8(work: Workspace, folder: RunFolder) -> Lighter:
+    target = folder.path / PLACES[INT8]
+    if not target.exists():
+        say("writing the int8 model and verifying it in a fresh process", work.runtime.quiet)
+        write_int8(folder.path / "model", target, work.ram - memory.held())
+    manifest = Manifest.read(target / MANIFEST)
+    assert manifest.verification is not None
+    blocks, batch = work.parts.validation, work.batch(memory.FORWARD_TOKENS // 2)
+    loss = next_token_loss(work.load_saved(target, False), blocks, batch, "the int8 model", work.runtime.quiet)
+    claim = f"verified: logits within {manifest.verification.logits_error:.1e}, cached = uncached generation"
+    return Lighter(kind=INT8, path=PLACES[INT8], bytes=weight_bytes(target), loss=loss, claim=claim)
+
+
+def _int4(work: Workspace, folder: RunFolder) -> Lighter:
+    target = folder.path / PLACES[INT4]
+    remove(target)  # of a run that was killed before it had said what it is
+    found = export(str(folder.path / "model"), "gguf", target, INT4_TYPE)
+    loss = _loss(GgufLanguageModel(target), work.parts.validation, work.runtime.quiet)
+    (claim, *_) = compared_lines(found.checks[-1])
+    return Lighter(kind=INT4, path=PLACES[INT4], bytes=found.bytes, loss=loss, claim=claim)
+
+
+def _loss(model: Any, blocks: torch.Tensor, quiet: bool) -> Loss:
+    """As `next_token_loss`, of a model that is none of transformers'."""
+    with progress(f"loss of the {INT4} model", len(blocks), quiet) as advance:
+        rows = token_losses(model, blocks.tolist(), None, lambda done: advance(done, "sequences"))
+    means = torch.stack([row.double().mean() for row in rows])
+    se = float(means.std()) / math.sqrt(len(means)) if len(means) > 1 else 0.0
+    return Loss(nats=float(means.mean()), se=se, tokens=sum(map(len, rows)), sequences=len(rows))
+
+
+def standing(work: Workspace, lighter: Lighter, saved: Standing, folder: Path) -> Standing:
+    """The lighter model, to be asked what the others are."""
+    path = folder / lighter.path
+    load: Callable[[], PreTrainedModel] = lambda: work.load_saved(path, False)  # noqa: E731
+    if lighter.kind == INT4:
+        load = lambda: GgufLanguageModel(path)  # noqa: E731
+    fingerprint = sha256(saved.fingerprint.encode(), lighter.kind.encode(), str(lighter.bytes).encode())
+    common = (work.compute, saved.context, work.tokenizer)
+    return Standing(str(path), fingerprint, *common, load, only_asked=lighter.kind == INT4)
+
+
+def links(work: Workspace, scores: Scores, lighter: Lighter, found: Evaluation | None, folder: Path) -> list[Link]:
+    """The dense, the shortened and the lighter model: size, loss, and what they keep of the dense one's answers."""
+    models = {one.label: one for one in found.models} if found else {}
+    saved = saved_of(found) if found else None
+    parts = (
+        ("dense", work.recipe.model, weight_bytes(Path(work.source.path)), scores.dense, models.get(DENSE)),
+        ("shortened", "model", weight_bytes(folder / "model"), scores.saved, saved),
+        (f"and {lighter.kind}", lighter.path, lighter.bytes, lighter.loss, models.get(lighter.kind)),
+    )
+    return [
+        Link(
+            name=name,
+            path=path,
+            bytes=size,
+            nats=loss.nats,
+            accuracy=mean_accuracy(score)[0] if score else None,
+            stability=1.0 if score and name == DENSE else mean_stability(score)[0] if score else None,
+        )
+        for name, path, size, loss, score in parts
+    ]
