@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config, T5Config
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    T5Config,
+)
 
-from llm_streamline import assemble, oracle
+from llm_streamline import assemble, families, oracle
 from llm_streamline.assemble import Parts, build
 from llm_streamline.errors import StreamlineError, UserError
 from llm_streamline.families import (
@@ -309,7 +318,7 @@ def test_config_keys_that_depend_on_layer_numbers_are_sliced():
         (AutoConfig.for_model("mamba"), "state-space"),
         (AutoConfig.for_model("diffllama"), "computed with the number of each layer"),
         (AutoConfig.for_model("gemma3n_text"), "share keys and values"),
-        (AutoConfig.for_model("ctrl", n_layer=2, n_embd=64, n_head=4), r"not proven .*transformer.h: it"),
+        (AutoConfig.for_model("ctrl", n_layer=2, n_embd=64, n_head=4), r"not proven .*transformer.h: try"),
         (AutoConfig.for_model("dbrx"), r"not proven to survive the removal of layers; give another"),
         (AutoConfig.for_model("modernbert-decoder"), "first or last layer is unlike the others"),
         (AutoConfig.for_model("ernie4_5_moe", moe_layer_interval=2), "moe_layer_interval 2 is not proven"),
@@ -325,9 +334,59 @@ def test_what_is_not_proven_is_refused_with_the_reason(config, reason):
         family_of(config)
 
 
+def test_every_kind_that_is_listed_as_refused_is_refused_for_what_is_listed(monkeypatch):
+    monkeypatch.setattr(families, "find_stack", lambda model: None)
+    monkeypatch.setattr(families.AutoModelForCausalLM, "from_config", lambda config: None)
+    refused = [one for one in families.known_families() if one["status"] == "refused"]
+    assert len(refused) > 100
+    for one in refused:
+        kind = CONFIG_MAPPING[one["model_type"]]
+        config = kind.__new__(kind)  # not all can be made without being told anything
+        with pytest.raises(UserError, match="encoder-decoder|" + re.escape(one["reason"])) as caught:
+            family_of(config)
+        assert f"model type {config.model_type!r}" in str(caught.value)
+
+
 def test_a_model_with_its_own_code_is_refused():
     class MyConfig(LlamaConfig):
         pass
 
     with pytest.raises(UserError, match="runs its own code"):
         family_of(MyConfig())
+
+
+@pytest.fixture
+def unknown(monkeypatch):
+    """A kind that transformers knows and the table does not, for as long as a test takes."""
+    monkeypatch.setattr(families, "TRIED", {})
+    monkeypatch.delitem(FAMILIES, "smollm3")
+    return tiny.CONFIGS["smollm3"]
+
+
+def test_a_kind_without_a_row_can_be_tried_by_the_path_of_its_layers(unknown):
+    with pytest.raises(UserError, match=r"not proven .*try --family-from model.layers, or add a row"):
+        family_of(unknown)
+    families.try_family(unknown, "model.layers")
+    row = family_of(unknown)
+    assert (row.layers, row.norm, row.tried, row.down) == ("model.layers", "norm", True, ())
+    assert all(one["model_type"] != "smollm3" or one["status"] == "refused" for one in families.known_families())
+
+
+def test_every_list_as_long_as_the_layers_is_sliced_for_a_tried_kind(unknown, monkeypatch):
+    monkeypatch.setattr(families, "PER_LAYER_KEYS", ())
+    families.try_family(unknown, "model.layers")
+    new = sliced_config(unknown, [0, 3, 4, 5])
+    assert new.no_rope_layers == [1, 1, 1, 0] and len(new.layer_types) == 4
+
+
+def test_what_cannot_be_tried_is_refused(unknown):
+    with pytest.raises(
+        UserError, match=r"no list of 6 layers in model type 'smollm3'; they seem to be at model.layers"
+    ):
+        families.try_family(unknown, "model.norm")
+    with pytest.raises(UserError, match=r"'llama' is proven, and needs no path; leave it out"):
+        families.try_family(tiny.CONFIGS["llama"], "model.layers")
+    with pytest.raises(UserError, match=r"'diffllama' is computed with the number of each layer; leave it out"):
+        families.try_family(AutoConfig.for_model("diffllama"), "model.layers")
+    with pytest.raises(UserError, match=r"none of norm, .* is found in model type 'ctrl'; it needs a row"):
+        families.try_family(AutoConfig.for_model("ctrl", n_layer=2, n_embd=64, n_head=4), "transformer.h")

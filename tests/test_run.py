@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import llm_streamline
 from llm_streamline import assemble as assemble_module
-from llm_streamline import oracle, preview, run
+from llm_streamline import families, oracle, preview, run
 from llm_streamline.errors import UserError
 from llm_streamline.recipe import Recipe, Runtime
 from llm_streamline.train import Trainer
@@ -298,3 +299,20 @@ def test_more_of_the_likeliest_tokens_than_there_are_is_refused_before_anything_
     with pytest.raises(UserError, match=r"--loss kl:1000 is over more tokens than the model's 259"):
         run.compress(recipe(loss="kl:1000"), quiet(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_kind_that_nobody_has_proven_is_tried_and_checked(recipe, tmp_path, monkeypatch):
+    known = run.compress(recipe(replace="none"), quiet(tmp_path / "known"))
+    monkeypatch.setattr(families, "TRIED", {})
+    monkeypatch.delitem(families.FAMILIES, "llama")
+    with pytest.raises(UserError, match="try --family-from"):
+        run.compress(recipe(replace="none"), quiet(tmp_path / "refused"))
+    tried = run.compress(recipe(replace="none", family_from="model.layers"), quiet(tmp_path / "tried"))
+    assert tried.verification.passed and equal(weights(tmp_path / "known"), weights(tmp_path / "tried"))
+    assert "Nobody has proven that models of type llama" in (tmp_path / "tried" / "report.html").read_text()
+    assert "Nobody has proven" not in Path(known.report).read_text()
+
+
+def test_only_layers_are_known_of_a_tried_kind(recipe):
+    with pytest.raises(UserError, match=r"--replace mlp needs to know a model's MLP, and --family-from model.layers"):
+        recipe(replace="mlp", family_from="model.layers")

@@ -29,6 +29,7 @@ class Family:
     changes: Callable[[Any, Changes], Changes] | None = None  # from a config and the sliced keys to more of them
     norm: str = "norm"  # beside the layers: what follows the last of them
     unfoldable: str = "a norm follows the MLP's output"  # why, where `down` is empty
+    tried: bool = False  # whether nobody has proven it, and only the check of what is saved stands for it
 
 
 def _attention_types(config: Any, sliced: Changes) -> Changes:

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from llm_streamline.errors import UserError, reason
-from llm_streamline.families import NOT_PROVEN, family_of, layers_prefix
+from llm_streamline.families import NOT_PROVEN, family_of, layers_prefix, try_family
 from llm_streamline.files import sha256
 from llm_streamline.offload import device_map, watch_stored
 from llm_streamline.stored import open_stored
@@ -36,6 +36,7 @@ class Source:
     name: str
     allow_pickle: bool = False
     trust_remote_code: bool = False
+    family_from: str | None = None  # where a kind that is not proven has its layers
 
     @property
     def path(self) -> str:
@@ -51,6 +52,8 @@ def load_config(source: Source) -> PretrainedConfig:
         config = AutoConfig.from_pretrained(source.path, trust_remote_code=source.trust_remote_code)
     except Exception as error:  # configurations are validated by several libraries, each with its own exceptions
         raise UserError(_no_config(source, error)) from error
+    if source.family_from:
+        try_family(config, source.family_from)
     family_of(config)
     if source.trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
         raise UserError(

@@ -70,6 +70,15 @@ def single_layers(recipe: Recipe) -> str | None:
     return None
 
 
+def tried_with_what(recipe: Recipe) -> str | None:
+    if recipe.family_from and recipe.replace.partition(":")[0] not in ("none", "layer", "merged"):
+        return (
+            f"--replace {recipe.replace} needs to know a model's MLP, and --family-from {recipe.family_from} tells "
+            "only its layers; use --replace layer, merged or none"
+        )
+    return None
+
+
 def temperature_of_nothing(recipe: Recipe) -> str | None:
     parts = [*recipe.objective.parts, *(parse_objective(recipe.heal_loss).parts if recipe.heals else ())]
     if recipe.temperature is not None and all(part.kind != "kl" for part in parts):
@@ -140,6 +149,7 @@ CHECKS: tuple[Callable[[Recipe], str | None], ...] = (
     windows_and_rounds,
     one_window_alone,
     single_layers,
+    tried_with_what,
     temperature_of_nothing,
     best_of_what,
     nothing_to_train,

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
@@ -28,6 +29,8 @@ from llm_streamline.architectures import (
 )
 from llm_streamline.errors import UserError
 
+TRIED: dict[str, Family] = {}  # kinds that --family-from names, in this process
+NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f", "layer_norm")
 LISTED = "'llm-streamline families' lists what is proven"
 
 
@@ -44,10 +47,37 @@ def family_of(config: PretrainedConfig) -> Family:
             f"model type {kind!r} runs its own code, which is {NOT_PROVEN}; give a model that transformers knows, "
             "or this one without --trust-remote-code if it does."
         )
-    if kind not in FAMILIES:
+    if kind not in FAMILIES | TRIED:
         raise UserError(f"model type {kind!r} is {_why_not(config)}; give another: {LISTED}.")
-    _refuse_options(FAMILIES[kind], config)
-    return FAMILIES[kind]
+    _refuse_options((FAMILIES | TRIED)[kind], config)
+    return (FAMILIES | TRIED)[kind]
+
+
+def try_family(config: PretrainedConfig, layers: str) -> None:
+    """Let a kind of model that has no row be worked on, with its decoder layers at a path, from now on.
+
+    Errors: UserError for a kind that has a row, or a reason against it, and for a path where no layers are.
+    """
+    kind = config.model_type
+    if kind in FAMILIES or kind in REASONS:
+        why = "is proven, and needs no path" if kind in FAMILIES else f"is {REASONS[kind]}"
+        raise UserError(f"--family-from {layers} was given, but model type {kind!r} {why}; leave it out.")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    modules = dict(model.named_modules())
+    found = modules.get(layers)
+    if not isinstance(found, nn.ModuleList) or len(found) != config.num_hidden_layers:
+        raise UserError(
+            f"--family-from {layers} is no list of {config.num_hidden_layers} layers in model type {kind!r}; they seem "
+            f"to be at {find_stack(model)}."
+        )
+    beside = dict(modules[layers.rpartition(".")[0]].named_children())
+    norm = next((name for name in NORM_NAMES if name in beside), None)
+    if norm is None:
+        raise UserError(
+            f"beside {layers} none of {', '.join(NORM_NAMES)} is found in model type {kind!r}; it needs a row."
+        )
+    TRIED[kind] = Family(kind, layers, "", (), down=(), norm=norm, unfoldable="nobody knows its MLP", tried=True)
 
 
 def _refuse_options(family: Family, config: PretrainedConfig) -> None:
@@ -74,7 +104,8 @@ def _why_not(config: PretrainedConfig) -> str:
             path = find_stack(AutoModelForCausalLM.from_config(config))
     except Exception:  # a model that cannot be built has no layers to point at; the refusal stands all the same
         path = None
-    found = f" (its layers seem to be at {path}: it can be added as a row, see CONTRIBUTING.md)" if path else ""
+    found = f" (its layers seem to be at {path}: try --family-from {path}, or add a row, see CONTRIBUTING.md)"
+    found = found if path else ""
     return NOT_PROVEN + found
 
 
@@ -131,7 +162,8 @@ def sliced_config(config: PretrainedConfig, sources: Sequence[int]) -> Pretraine
 def _sliced_keys(config: PretrainedConfig, sources: Sequence[int]) -> Changes:
     """Every key that depends on layer numbers, for the layers that stay."""
     changes: Changes = {}
-    for key in PER_LAYER_KEYS:
+    own = _lists_as_long(config) if family_of(config).tried else []
+    for key in (*PER_LAYER_KEYS, *own):
         if isinstance(getattr(config, key, None), list) and getattr(config, key):
             changes[key] = [getattr(config, key)[source] for source in sources]
     for key in LAYER_NUMBER_KEYS:
@@ -144,6 +176,12 @@ def _sliced_keys(config: PretrainedConfig, sources: Sequence[int]) -> Changes:
         if getattr(config, key, None) is not None:
             changes[key] = sum(source <= getattr(config, key) for source in sources) - 1
     return changes | _unrolled_period(config, sources)
+
+
+def _lists_as_long(config: PretrainedConfig) -> list[str]:
+    """Keys that seem to have an entry per layer, where no row says which have."""
+    listed = {key: value for key, value in config.to_dict().items() if isinstance(value, list)}
+    return [key for key, value in listed.items() if len(value) == config.num_hidden_layers]
 
 
 def _unrolled_period(config: PretrainedConfig, sources: Sequence[int]) -> Changes:
@@ -170,7 +208,8 @@ def sliding_window(config: PretrainedConfig) -> int | None:
 def known_families() -> list[dict[str, str]]:
     """Every causal LM that the installed transformers knows: model_type, status (proven or refused) and the reason."""
     proven = [{"model_type": kind, "status": "proven", "reason": _proof(row)} for kind, row in FAMILIES.items()]
-    others = sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - set(FAMILIES))
+    own = {CONFIG_MAPPING_NAMES[kind] for kind in FAMILIES if kind in CONFIG_MAPPING_NAMES}  # some have several names
+    others = sorted(kind for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if CONFIG_MAPPING_NAMES.get(kind) not in own)
     return proven + [
         {"model_type": kind, "status": "refused", "reason": REASONS.get(kind, NOT_PROVEN)} for kind in others
     ]

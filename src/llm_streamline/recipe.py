@@ -101,6 +101,11 @@ class Recipe(Schema):
         "loss rises least; inherited from the first ones; or random. [default: best for layer and mlp, inherited for "
         "more than one layer or where the model does not fit in memory, random for ffn and swiglu]",
     )
+    family_from: str | None = Field(
+        None,
+        description="Try a kind of model that is not proven: the path of the list of its decoder layers, such as "
+        "model.layers. What is saved is checked against the source as ever; with --replace layer, merged or none.",
+    )
     custom_code: bool = Field(
         False,
         description="Let the saved model carry code of its own, as ffn, swiglu, linear:free and linear:patch need: it "

@@ -190,6 +190,11 @@ def notes(manifest: Manifest) -> list[str]:
         found.append(healed(plan.heal, manifest.tensors["healed"]))
     if plan.replace == "mlp":
         found.append("The mlp's attention is silent but stays: on disk, in compute and in the KV cache it is a layer.")
+    if path := manifest.recipe.get("family_from"):
+        found.append(
+            f"Nobody has proven that models of type {plan.model_type} survive this (--family-from {path}): only the "
+            "check of this one against its source says so."
+        )
     if plan.custom_code:
         found.append("The model carries code of its own and loads only with trust_remote_code=True.")
     return found

@@ -150,7 +150,9 @@ class Workspace:
         self.world, self._shared = world, False
         self.recipe = recipe
         self.runtime = runtime = runtime if world.first else runtime.model_copy(update={"quiet": True})
-        self.source = checkpoint.Source(recipe.model, runtime.allow_pickle, runtime.trust_remote_code)
+        self.source = checkpoint.Source(
+            recipe.model, runtime.allow_pickle, runtime.trust_remote_code, recipe.family_from
+        )
         if runtime.threads:
             torch.set_num_threads(runtime.threads)
         if runtime.quiet:
