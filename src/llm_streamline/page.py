@@ -88,10 +88,14 @@ def render(
         trainings=[(title, one, charts.training_chart(one)) for title, one in trainings(manifest)],
         similarity=similarity,
         outlined=cosines(similarity, plan),
-        ranking=ranking,
-        ranked=ranking and tables.Table(*ranking_rows(ranking), names=1),
-        confidences=confidences(ranking) if ranking else "",
+        **ranking_parts(ranking),
     )
+
+
+def ranking_parts(ranking: Ranking | None) -> dict[str, Any]:
+    """What the page says of the windows that were ranked; nothing where none were."""
+    ranked = ranking and tables.Table(*ranking_rows(ranking), names=1)
+    return {"ranking": ranking, "ranked": ranked, "confidences": confidences(ranking) if ranking else ""}
 
 
 def render_evaluation(found: Evaluation) -> str:
