@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -125,6 +127,31 @@ def test_a_program_that_is_not_installed_is_said_so(program, llama_folder, tmp_p
     monkeypatch.setattr(check, "installed", lambda runtime: False)
     with pytest.raises(UserError, match=r"llama.cpp is not installed here; install it with: pip install llama-cpp"):
         compare_runtime(str(llama_folder), "llama.cpp")
+
+
+def test_vllm_is_asked_for_every_probability(llama_folder, tmp_path, monkeypatch):
+    """With a stand-in: no vLLM has run this."""
+    asked, played = [], Program(llama_folder)
+
+    class LLM:
+        def __init__(self, model, **settings):
+            assert (Path(model) / "config.json").is_file() and settings["dtype"] == "float32"
+
+        def generate(self, prompts, sampling, use_tqdm):
+            ids, asked_for = prompts[0]["prompt_token_ids"], vars(sampling)
+            asked.append(asked_for)
+            rows = torch.from_numpy(played.logits(ids)).log_softmax(-1)
+            told = [{token: SimpleNamespace(logprob=value) for token, value in enumerate(row.tolist())} for row in rows]
+            new = SimpleNamespace(token_ids=played.greedy(ids, asked_for["max_tokens"]), logprobs=told[-1:])
+            return [SimpleNamespace(prompt_logprobs=[None, *told[:-1]], outputs=[new])]
+
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=LLM, SamplingParams=SimpleNamespace))
+    monkeypatch.setattr(export, "require", lambda runtime: None)
+    monkeypatch.setattr(check, "version", lambda package: "1.0")
+    monkeypatch.setattr(compare, "PROMPTS", 2)
+    found = compare_runtime(str(llama_folder), "vllm")
+    assert found.equal == found.tokens == 2 * NEW_TOKENS and found.logits_error < 1e-5 and not found.problems
+    assert all(one["temperature"] == 0.0 for one in asked) and asked[1]["ignore_eos"]
 
 
 def test_what_cannot_be_exported_is_one_sentence(program, llama_folder, tmp_path):

@@ -88,7 +88,9 @@ def verify(
     ] = False,
     runtime: Annotated[
         str | None,
-        typer.Option("--runtime", help="Compare this program with transformers instead: llama.cpp, onnxruntime."),
+        typer.Option(
+            "--runtime", help="Compare this program with transformers instead: llama.cpp, onnxruntime or vllm."
+        ),
     ] = None,
     llama_cpp: Annotated[Path | None, typer.Option("--llama-cpp", help=_LLAMA_CPP)] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the trace of an error.")] = False,

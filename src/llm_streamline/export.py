@@ -15,7 +15,7 @@ from llm_streamline.files import atomic
 from llm_streamline.progress import say
 from llm_streamline.runtimes.check import Reference, installed, require
 from llm_streamline.runtimes.records import Compared, Exported
-from llm_streamline.runtimes.writers import EXACT, WRITERS, Writer
+from llm_streamline.runtimes.writers import EXACT, RUNTIMES, WRITERS, Writer
 
 
 def export(
@@ -49,12 +49,11 @@ def compare_runtime(model: str, runtime: str, llama_cpp: Path | None = None) -> 
 
     Errors: UserError where it is not installed, or cannot take the model.
     """
-    kinds = {kind.runtime: kind for kind in WRITERS.values()}
-    if runtime not in kinds:
-        raise UserError(f"--runtime {runtime} is not known; give one of: {', '.join(kinds)}.")
+    if runtime not in RUNTIMES:
+        raise UserError(f"--runtime {runtime} is not known; give one of: {', '.join(RUNTIMES)}.")
     require(runtime)
     folder, config = exportable(model)
-    writer = kinds[runtime](folder, config, llama_cpp)
+    writer = RUNTIMES[runtime](folder, config, llama_cpp)
     with tempfile.TemporaryDirectory(prefix="llm-streamline-") as scratch:
         path = Path(scratch) / "model"
         writer.write(path, EXACT)

@@ -87,17 +87,23 @@ def greedy(model: PreTrainedModel, prompt: Sequence[int]) -> list[int]:
 
 
 def logits(model: PreTrainedModel, ids: Sequence[int]) -> torch.Tensor:
-    """(T, V), float64."""
+    """(T, V), float64, centred."""
     import torch
 
     with torch.no_grad():
-        return model(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False).logits[0].double().cpu()
+        found = model(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False).logits[0]
+    return _centred(found.double().cpu())
 
 
 def _tensor(runner: Runner, ids: Sequence[int]) -> torch.Tensor:
     import torch
 
-    return torch.from_numpy(runner.logits(ids)).double()
+    return _centred(torch.from_numpy(runner.logits(ids)).double())
+
+
+def _centred(logits: torch.Tensor) -> torch.Tensor:
+    """Around 0 at every position: what is added to all logits there says nothing, and some programs leave it out."""
+    return logits - logits.mean(-1, keepdim=True)
 
 
 def _divergences(reference: torch.Tensor, other: torch.Tensor) -> torch.Tensor:

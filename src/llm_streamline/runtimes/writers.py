@@ -14,6 +14,7 @@ from llm_streamline.runtimes.gguf_model import GgufModel
 from llm_streamline.runtimes.onnx import OnnxModel, export_onnx
 from llm_streamline.runtimes.patterns import why_not_gguf
 from llm_streamline.runtimes.runner import Runner
+from llm_streamline.runtimes.vllm_model import VllmModel
 
 EXACT = "f32"
 _SHORT = {"float32": EXACT, "float16": "f16", "bfloat16": "bf16"}
@@ -82,4 +83,18 @@ class OnnxWriter(Writer):
         return OnnxModel(path)
 
 
+class VllmFolder(Writer):
+    """The folder itself, for vLLM."""
+
+    runtime, formats = "vllm", (EXACT,)
+
+    def write(self, target: Path, number_format: str) -> None:
+        target.symlink_to(self.folder.resolve(), target_is_directory=True)
+
+    def runner(self, path: Path, context: int) -> Runner:
+        return VllmModel(path, context)
+
+
 WRITERS: dict[str, type[Writer]] = {"gguf": GgufWriter, "onnx": OnnxWriter}
+_KINDS: tuple[type[Writer], ...] = (*WRITERS.values(), VllmFolder)
+RUNTIMES = {kind.runtime: kind for kind in _KINDS}
