@@ -28,12 +28,26 @@ from llm_streamline.runtimes.patterns import mixed_keys, why_not_gguf
 from llm_streamline.runtimes.spelling import earlier_names
 from tests import tiny
 
+# published models of some kinds have none of the options that the configurations of the tests turn on
+PLAIN = {
+    "qwen3-plain": tiny._like_llama("qwen3", head_dim=8),
+    "gpt2-plain": tiny._config("gpt2"),
+    "gpt_bigcode-plain": tiny._config("gpt_bigcode"),
+    "starcoder2-unlimited": tiny._like_llama("starcoder2", sliding_window=None),
+    "phi-plain": tiny._like_llama("phi", num_key_value_heads=4),
+    "cohere-plain": tiny._like_llama("cohere"),
+    "olmo2-plain": tiny._like_llama("olmo2", tie_word_embeddings=False),
+    "falcon-plain": tiny._config("falcon"),
+    "arcee-plain": tiny._like_llama("arcee"),
+    "olmoe-plain": tiny._like_llama("olmoe", num_experts=4, num_experts_per_tok=2, num_key_value_heads=4),
+}
+CONFIGS = {**tiny.CONFIGS, **PLAIN}
 KEPT = {"cut": [0, 3, 4, 5], "whole": list(range(tiny.LAYERS))}
 PROMPTS, LENGTH = 4, 40  # past every sliding window
 
 
 def main() -> None:
-    names = sys.argv[1:] or list(tiny.CONFIGS)
+    names = sys.argv[1:] or list(CONFIGS)
     context = multiprocessing.get_context("fork")
     torch.set_num_threads(1)
     for name in names:
@@ -48,14 +62,14 @@ def main() -> None:
             if parent.poll()
             else {"failed": "took too long" if alive else f"ended with {process.exitcode}"}
         )
-        print(json.dumps({"name": name, "type": tiny.CONFIGS[name].model_type, **found}), flush=True)
+        print(json.dumps({"name": name, "type": CONFIGS[name].model_type, **found}), flush=True)
 
 
 def _report(name: str, out: object) -> None:
     """What came of one configuration, with the layers of `cut` and where that goes wrong with all."""
     found = {}
     for which, kept in KEPT.items():
-        config = sliced_config(tiny.CONFIGS[name], kept)
+        config = sliced_config(CONFIGS[name], kept)
         found |= {"mixed": mixed_keys(config), "refused": why_not_gguf(config)} if which == "cut" else {}
         try:
             found[which] = _compared(config)
