@@ -119,3 +119,28 @@ def test_a_network_is_counted_and_refused_where_it_has_more_than_what_goes():
     assert found.parameters_after == SHAPE.total - 30 + 12 and found.custom_code
     with pytest.raises(UserError, match="has more parameters than layers"):
         choose(similarity({3: 3}), SHAPE.model_copy(update={"network": 30}), recipe)
+
+
+PERIODIC = SHAPE.model_copy(update={"period": 3})
+
+
+def test_whole_periods_go_from_each_place():
+    net = lambda **recipe: choose(similarity({}), PERIODIC, Recipe(model="m", **recipe)).net  # noqa: E731
+    assert [net(remove=share) for share in ("3", "25%", "50%")] == [3, 3, 3]
+    assert net(window="2:6") == 3 and net(window="2:5", replace="none") == 3
+    assert net(max_params=str(SHAPE.total - 20)) == 3
+    assert net(remove="3", select="last") == 3
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        ({"remove": "2"}, "--remove 2 with --for gguf is no multiple of 3, .*; give one, such as 3"),
+        ({"remove": "3", "windows": 2}, "no multiple of 6"),
+        ({"window": "2:5"}, "--window 2:5 with --for gguf removes 2 net, no multiple of the 3 layers"),
+        ({"remove": "3", "select": "influence", "replace": "none"}, "needs 3 in a row to go"),
+    ],
+)
+def test_parts_of_periods_are_refused(recipe, words):
+    with pytest.raises(UserError, match=words):
+        check_request(PERIODIC, Recipe(model="m", **recipe))

@@ -181,7 +181,7 @@ def test_code_of_its_own_runs_nowhere_else(tmp_path):
 def test_the_converter_is_found_where_it_is_named(tmp_path, monkeypatch):
     monkeypatch.delenv(gguf.VARIABLE, raising=False)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
-    with pytest.raises(UserError, match=r"which is not here; give the folder of llama.cpp's source"):
+    with pytest.raises(UserError, match=r"which is not here; set \$LLAMA_CPP to the folder of llama.cpp's source"):
         gguf.find_converter()
     with pytest.raises(UserError, match=f"has no {gguf.SCRIPT}"):
         gguf.find_converter(tmp_path)

@@ -6,6 +6,7 @@ import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
+from llm_streamline.card import write_card
 from llm_streamline.errors import UserError, VerificationError
 from llm_streamline.files import atomic
 from llm_streamline.oracle import MANIFEST, stored_tensors, verify, weight_hashes
@@ -43,7 +44,9 @@ def write_int8(source: Path, target: Path, memory: int | None = None) -> Verific
         verification = verify(folder, memory=memory)
         if not verification.passed:
             raise VerificationError(f"the int8 model is not published: {'; '.join(verification.problems)}.")
-        manifest.model_copy(update={"verification": verification}).write(folder / MANIFEST)
+        manifest = manifest.model_copy(update={"verification": verification})
+        manifest.write(folder / MANIFEST)
+        write_card(manifest, folder)
     return verification
 
 

@@ -100,8 +100,8 @@ def finish(work: Workspace, folder: RunFolder, tasks: list[Task], similarity: Si
     lighter = make_lighter(work, plan, folder)
     evaluation, news = evaluate_models(work, plan, tasks, folder, lighter)
     publish_scores(scores, evaluation, folder, news)
-    chain = chained(work, scores, lighter, evaluation, folder)
-    if news or lighter or not folder.has(PAGE):
+    chain, changed = chained(work, scores, lighter, evaluation, folder)
+    if news or changed or not folder.has(PAGE):
         write_report(folder.path)
     places = {"model": str(folder.path / "model"), "report": str(folder.path / PAGE)}
     found = {"scores": scores, "verification": verification, "evaluation": evaluation}
@@ -111,13 +111,15 @@ def finish(work: Workspace, folder: RunFolder, tasks: list[Task], similarity: Si
 
 def chained(
     work: Workspace, scores: Scores, lighter: Lighter | None, evaluation: Evaluation | None, folder: RunFolder
-) -> Chain | None:
-    """Written as chain.json, where a lighter model was asked for."""
+) -> tuple[Chain | None, bool]:
+    """Where a lighter model was asked for, what is then in chain.json, and whether that is news."""
     if lighter is None:
-        return None
+        return None, False
     chain = Chain(links=links(work, scores, lighter, evaluation, folder.path))
+    if folder.has(CHAIN) and Chain.read(folder.path / CHAIN) == chain:
+        return chain, False
     chain.write(folder.file(CHAIN))
-    return chain
+    return chain, True
 
 
 def evaluate(request: Request, runtime: Runtime) -> Evaluation:

@@ -190,6 +190,18 @@ def notes(manifest: Manifest) -> list[str]:
         found.append(healed(plan.heal, manifest.tensors["healed"]))
     if plan.replace == "mlp":
         found.append("The mlp's attention is silent but stays: on disk, in compute and in the KV cache it is a layer.")
+    return found + on_loading(manifest)
+
+
+def on_loading(manifest: Manifest) -> list[str]:
+    """What one has to know to run it, and to trust it."""
+    plan = manifest.plan
+    found = []
+    if manifest.quantised:
+        found.append(
+            f"The weights of its linear layers are {manifest.quantised}, and the losses told here are of the model "
+            "before that; it loads where torchao is installed."
+        )
     if path := manifest.recipe.get("family_from"):
         found.append(
             f"Nobody has proven that models of type {plan.model_type} survive this (--family-from {path}): only the "

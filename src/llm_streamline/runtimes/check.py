@@ -9,6 +9,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from transformers import AutoConfig
+
+from llm_streamline.checkpoint import context_length
 from llm_streamline.errors import UserError
 from llm_streamline.families import sliding_window
 from llm_streamline.runtimes.compare import NEW_TOKENS, Difference, compare, prompts_of
@@ -50,7 +53,8 @@ class Reference:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.tokenizer = _tokenizer(folder)
-        self.prompts = prompts_of(folder, self.tokenizer)
+        longest = context_length(AutoConfig.from_pretrained(folder)) - NEW_TOKENS
+        self.prompts = [prompt[:longest] for prompt in prompts_of(folder, self.tokenizer)]
 
     @property
     def context(self) -> int:

@@ -29,13 +29,13 @@ def find_converter(llama_cpp: Path | None = None) -> Path:
     if named:
         found = named if named.name == SCRIPT else named / SCRIPT
         if not found.is_file():
-            raise UserError(f"{named} has no {SCRIPT}; give the folder of llama.cpp's source with --llama-cpp.")
+            raise UserError(f"{named} has no {SCRIPT}; name the folder of llama.cpp's source.")
         return found.resolve()
     on_path = shutil.which(SCRIPT)
     if on_path is None:
         raise UserError(
-            f"GGUF is written by llama.cpp's {SCRIPT}, which is not here; give the folder of llama.cpp's source with "
-            f"--llama-cpp or ${VARIABLE} (it also lies in vendor/llama.cpp of what '{_SOURCE}' fetches)."
+            f"GGUF is written by llama.cpp's {SCRIPT}, which is not here; set ${VARIABLE} to the folder of llama.cpp's "
+            f"source (it also lies in vendor/llama.cpp of what '{_SOURCE}' fetches)."
         )
     return Path(on_path).resolve()
 
