@@ -35,6 +35,7 @@ from llm_streamline.records import LayerPlan, ModelShape, Window
 from llm_streamline.replacement import ReplacementLayers, build_replacement
 from tests import tiny
 
+NEWER = hasattr(LlamaConfig, "is_heterogeneous")  # whether layers can have settings of their own
 WINDOWS = [Window(start=a, stop=b) for a in range(tiny.LAYERS) for b in range(a + 1, min(a + 4, tiny.LAYERS + 1))]
 
 
@@ -131,7 +132,8 @@ def windows_of(name: str) -> list[Window]:
 
 
 def test_every_family_has_a_tiny_configuration():
-    assert {config.model_type for config in tiny.CONFIGS.values()} == set(FAMILIES)
+    known = {kind for kind in FAMILIES if kind in CONFIG_MAPPING}  # an older transformers does not know them all
+    assert {config.model_type for config in tiny.CONFIGS.values()} == known
 
 
 @pytest.mark.parametrize("name", tiny.CONFIGS)
@@ -325,7 +327,7 @@ def test_config_keys_that_depend_on_layer_numbers_are_sliced():
         (AutoConfig.for_model("gpt2", scale_attn_by_inverse_layer_idx=True), "scaled by the layer's number"),
         (AutoConfig.for_model("gpt2", add_cross_attention=True), "an encoder; give"),
         (AutoConfig.for_model("gemma2", use_bidirectional_attention=True), "see later ones"),
-        (tiny._llama(per_layer_config={1: {"intermediate_size": 48}}), "settings of their own"),
+        *([(tiny._llama(per_layer_config={1: {"intermediate_size": 48}}), "settings of their own")] if NEWER else []),
         (tiny._llama(architectures=["LlamaForSequenceClassification"]), "no causal LM"),
     ],
 )
