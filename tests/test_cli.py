@@ -125,6 +125,14 @@ def test_every_field_is_a_flag_and_the_named_ones_exist():
         assert f" {flag}" in page, flag
 
 
+def test_a_flag_that_has_another_name_in_python_reaches_its_recipe(cli):
+    arguments = ("compress", "bundled", "--data", "bundled", "--remove", "2", "--for", "gguf")
+    for more in (["--dry-run", "--json"], ["--family-from", "model.layers", "-o", "x"]):
+        code, out, err = cli(*arguments, *more)
+        assert (code, bool(out)) == ((0, True) if "--dry-run" in more else (2, False))
+    assert "--family-from model.layers was given, but model type" in err
+
+
 def test_results_go_to_stdout_and_chatter_to_stderr(cli, llama_folder, text_file):
     small = ("--tokens", "4k", "--calibration-tokens", "2k", "--validation-tokens", "2k")
     code, out, err = cli("compress", llama_folder, "--data", text_file, "-o", "out", "--remove", "2", *small)

@@ -147,3 +147,14 @@ def test_data_takes_paths_and_no_empty_name():
     assert Recipe(model="m", data=[Path("a.txt"), "b.txt"]).data == ("a.txt", "b.txt")
     with pytest.raises(UserError, match="a name is empty"):  # as an unset shell variable gives it
         Recipe(model="m", data="")
+
+
+def test_a_format_to_be_exported_to_is_called_for_everywhere():
+    recipe = make_recipe({"model": "m", "for": "gguf"})
+    assert recipe.for_ == "gguf" and "\nfor: gguf\n" in to_yaml(recipe)
+    assert make_recipe(yaml.safe_load(to_yaml(recipe))) == recipe
+    assert changed_keys(recipe, make_recipe({"model": "m"})) == ["--for"]
+    with pytest.raises(
+        UserError, match=r"--for was given 'onnx'.*it takes: A format that the model is to be exported to"
+    ):
+        make_recipe({"model": "m", "for": "onnx"})
