@@ -51,6 +51,8 @@ def test_a_run_goes_on_to_int8_and_tells_all_three(recipe, shorter, tmp_path):
     assert 0 < abs(lighter.nats - shortened.nats) < 0.05
     page = (shorter / "report.html").read_text()
     assert "With fewer bits per weight" in page and "With fewer bits per weight" not in before
+    again = run.compress(recipe(replace="none"), quiet(shorter, tasks=tasks))  # which has not forgotten it
+    assert again.chain == kept and (shorter / "report.html").read_text() == page
     manifest = Manifest.read(shorter / "model-int8" / MANIFEST)
     assert manifest.quantised == "int8" and manifest.verification.tolerance == LOSSY
     assert 1e-5 < manifest.verification.logits_error < LOSSY

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from llm_streamline.files import remove, sha256
 from llm_streamline.int8 import INT8, check_int8, write_int8
 from llm_streamline.oracle import MANIFEST
 from llm_streamline.progress import progress, say
-from llm_streamline.records import LayerPlan, Loss, Manifest, Scores
+from llm_streamline.records import Loss, Manifest, Scores
 from llm_streamline.report import compared_lines
 from llm_streamline.runtimes import gguf
 from llm_streamline.runtimes.check import require
@@ -48,16 +49,16 @@ def check_then(work: Workspace) -> None:
             raise UserError("--then int4 writes GGUF, where llama.cpp counts this model's layers; add --for gguf.")
 
 
-def make_lighter(work: Workspace, plan: LayerPlan, folder: RunFolder) -> Lighter | None:
-    """The model that `--then` asks for, in the run folder, with its held-out loss; None where it asks for none.
+def make_lighter(work: Workspace, folder: RunFolder) -> list[Lighter]:
+    """The model that `--then` asks for, in the run folder, with its held-out loss, and those asked for before.
 
     Errors: VerificationError, with nothing written, for one that does not compute what it should.
     """
-    then = work.runtime.then
-    if then is None:
-        return None
-    make = {INT8: _int8, INT4: _int4}[then]
-    return folder.stage(f"{then}.json", Lighter, lambda: make(work, folder))
+    found = []
+    for kind, make in ((INT8, _int8), (INT4, _int4)):
+        if kind == work.runtime.then or (folder.has(f"{kind}.json") and folder.has(PLACES[kind])):
+            found.append(folder.stage(f"{kind}.json", Lighter, partial(make, work, folder)))
+    return found
 
 
 def _int8(work: Workspace, folder: RunFolder) -> Lighter:
@@ -102,14 +103,16 @@ def standing(work: Workspace, lighter: Lighter, saved: Standing, folder: Path) -
     return Standing(str(path), fingerprint, *common, load, only_asked=lighter.kind == INT4)
 
 
-def links(work: Workspace, scores: Scores, lighter: Lighter, found: Evaluation | None, folder: Path) -> list[Link]:
-    """The dense, the shortened and the lighter model: size, loss, and what they keep of the dense one's answers."""
+def links(
+    work: Workspace, scores: Scores, lighter: Sequence[Lighter], found: Evaluation | None, folder: Path
+) -> list[Link]:
+    """The dense, the shortened and the lighter models: size, loss, and what they keep of the dense one's answers."""
     models = {one.label: one for one in found.models} if found else {}
     saved = saved_of(found) if found else None
     parts = (
         ("dense", work.recipe.model, weight_bytes(Path(work.source.path)), scores.dense, models.get(DENSE)),
         ("shortened", "model", weight_bytes(folder / "model"), scores.saved, saved),
-        (f"and {lighter.kind}", lighter.path, lighter.bytes, lighter.loss, models.get(lighter.kind)),
+        *((f"and {one.kind}", one.path, one.bytes, one.loss, models.get(one.kind)) for one in lighter),
     )
     return [
         Link(

@@ -97,7 +97,7 @@ def finish(work: Workspace, folder: RunFolder, tasks: list[Task], similarity: Si
     verification = assemble_model(work, trained, similarity, folder)
     memory.release()
     scores = folder.stage("scores.json", Scores, lambda: score(work, plan, folder))
-    lighter = make_lighter(work, plan, folder)
+    lighter = make_lighter(work, folder)
     evaluation, news = evaluate_models(work, plan, tasks, folder, lighter)
     publish_scores(scores, evaluation, folder, news)
     chain, changed = chained(work, scores, lighter, evaluation, folder)
@@ -110,10 +110,10 @@ def finish(work: Workspace, folder: RunFolder, tasks: list[Task], similarity: Si
 
 
 def chained(
-    work: Workspace, scores: Scores, lighter: Lighter | None, evaluation: Evaluation | None, folder: RunFolder
+    work: Workspace, scores: Scores, lighter: list[Lighter], evaluation: Evaluation | None, folder: RunFolder
 ) -> tuple[Chain | None, bool]:
     """Where a lighter model was asked for, what is then in chain.json, and whether that is news."""
-    if lighter is None:
+    if not lighter:
         return None, False
     chain = Chain(links=links(work, scores, lighter, evaluation, folder.path))
     if folder.has(CHAIN) and Chain.read(folder.path / CHAIN) == chain:
@@ -241,7 +241,7 @@ def tasks_given(work: Workspace) -> tuple[str, ...]:
 
 
 def evaluate_models(
-    work: Workspace, plan: LayerPlan, tasks: list[Task], folder: RunFolder, lighter: Lighter | None
+    work: Workspace, plan: LayerPlan, tasks: list[Task], folder: RunFolder, lighter: list[Lighter]
 ) -> tuple[Evaluation | None, bool]:
     """Stage 7: the models' answers, writing and speed, and whether there is any news in them.
 
@@ -251,14 +251,14 @@ def evaluate_models(
         return None, False
     if folder.has(EVALUATION):
         kept = Evaluation.read(folder.path / EVALUATION)
-        missing = {lighter.kind} - {model.label for model in kept.models} if lighter else set()
+        missing = {one.kind for one in lighter} - {model.label for model in kept.models}
         if not missing and {task.name for task in tasks} <= {task.task for task in kept.models[0].tasks}:
             return kept, False
     blocks = work.parts.validation
     own = own_questions(blocks, work.tokenizer, work.recipe.seed, folder.path)
     models = standings(work, plan, folder)
-    if lighter:
-        models[lighter.kind] = standing(work, lighter, models[SAVED], folder.path)
+    for one in lighter:
+        models[one.kind] = standing(work, one, models[SAVED], folder.path)
     found = evaluate_run(models, [*own, *tasks], blocks, folder.path, work.runtime)
     found.write(folder.path / EVALUATION)
     return found, True
