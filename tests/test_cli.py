@@ -230,10 +230,12 @@ def garbage(folder):
 def lost_shard(folder):
     index = {"metadata": {}, "weight_map": {"a": "model-00001-of-00002.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "model.safetensors").unlink()
 
 
 def broken_index(folder):
     (folder / "model.safetensors.index.json").write_text('{"weight_map":')
+    (folder / "model.safetensors").unlink()
 
 
 def missing_weight(folder):

@@ -133,7 +133,8 @@ def test_every_module_has_its_tests():
         "record": "choose",
         "runtime": "recipe",
     }
-    elsewhere |= {"workspace": "run", "checkpoint": "cli", "records": "choose", "errors": "cli"}
+    elsewhere |= {"workspace": "run", "records": "choose", "errors": "cli"}
+    elsewhere |= {"inventory": "checkpoint", "fidelity": "checkpoint", "fingerprints": "checkpoint"}
     elsewhere |= {
         "evaluation": "evaluate",
         "flags": "cli",

@@ -8,10 +8,11 @@ from safetensors.torch import load_file
 
 from llm_streamline import assemble, layerwise, oracle, run
 from llm_streamline.analyze import analyze
-from llm_streamline.checkpoint import Source, fingerprint, load_model
+from llm_streamline.checkpoint import Source, load_model
 from llm_streamline.errors import UserError
 from llm_streamline.estimate import Estimate
 from llm_streamline.families import layers_of
+from llm_streamline.fingerprints import fingerprint
 from llm_streamline.layerwise import Layerwise, grouped, logits_of
 from llm_streamline.memory import memory_limit
 from llm_streamline.offload import is_offloaded, onloaded, round_stored, stored_weights

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from transformers import AutoConfig
 
-from llm_streamline.checkpoint import Source, fingerprint
+from llm_streamline.checkpoint import Source
+from llm_streamline.fingerprints import fingerprint
 from llm_streamline.recipe import Runtime
 from llm_streamline.scoring.subject import Subject
 from tests import tiny

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -20,12 +19,14 @@ from transformers import (
 
 from llm_streamline.errors import UserError, reason
 from llm_streamline.families import NOT_PROVEN, family_of, layers_prefix, try_family
-from llm_streamline.files import sha256
+from llm_streamline.inventory import SAFETENSORS, headers, stored_tensor, try_loading, weight_files
 from llm_streamline.offload import device_map, watch_stored
 from llm_streamline.stored import open_stored
 
 BUNDLED = "bundled"
-_LOOK = 4096  # bytes in the middle of each tensor
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # those of models that can be trained and cut
+_QUANTISED = ("quantization_config", "compression_config")
+_REMOTE = "trust_remote_code"
 _BUNDLED_MODEL = Path(__file__).parent / "demo" / "model"
 
 
@@ -45,9 +46,7 @@ class Source:
 
 def load_config(source: Source) -> PretrainedConfig:
     """The configuration of a supported causal LM. Errors: UserError."""
-    folder = Path(source.path)
-    if folder.exists() and not (folder / "config.json").is_file():
-        raise UserError(f"{source.name} holds no config.json; give the folder of a HuggingFace causal LM.")
+    _refuse_other_folders(source)
     try:
         config = AutoConfig.from_pretrained(source.path, trust_remote_code=source.trust_remote_code)
     except Exception as error:  # configurations are validated by several libraries, each with its own exceptions
@@ -60,15 +59,49 @@ def load_config(source: Source) -> PretrainedConfig:
             f"{source.name} would run model code of its own, which is {NOT_PROVEN}; "
             "leave out --trust-remote-code to use the code in transformers."
         )
-    if getattr(config, "quantization_config", None):
-        raise UserError(f"{source.name} is quantised, which cannot be trained or cut; give the model it was made from.")
+    if any(getattr(config, key, None) for key in _QUANTISED):
+        raise UserError(_quantised(source, _method(config)))
+    if getattr(config, "dtype", None) not in (None, *DTYPES):
+        raise UserError(
+            f"{source.name}/config.json says that the weights are {_named(config.dtype)}; "
+            f"give a model in {' or '.join(map(_named, DTYPES))}."
+        )
     return config
 
 
+def _refuse_other_folders(source: Source) -> None:
+    """Errors: UserError for a file, or a local folder that is not a model's."""
+    path = Path(source.path)
+    if path.is_file():
+        raise UserError(
+            f"{source.name} is a file; give the folder of a HuggingFace causal LM, with config.json and safetensors."
+        )
+    if (path / "adapter_config.json").is_file():  # which transformers would load as well
+        raise UserError(
+            f"{source.name} holds an adapter (adapter_config.json); "
+            "merge it into the model it was trained on, and give that without the adapter's files."
+        )
+    if path.exists() and not (path / "config.json").is_file():
+        raise UserError(f"{source.name} holds no config.json; give the folder of a HuggingFace causal LM.")
+
+
+def _quantised(source: Source, how: str) -> str:
+    return f"{source.name} is quantised ({how}), which cannot be trained or cut; give the model it was made from."
+
+
+def _method(config: PretrainedConfig) -> str:
+    given = next(value for key in _QUANTISED if (value := getattr(config, key, None)))
+    given = given if isinstance(given, dict) else vars(given)
+    return str(getattr(given.get("quant_method"), "value", given.get("quant_method")) or "of unknown method")
+
+
+def _named(dtype: torch.dtype | str) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def _no_config(source: Source, error: Exception) -> str:
-    text = str(error)
-    if "trust_remote_code" in text:
-        return f"{source.name} brings its own model code; read that code, then allow it with --trust-remote-code."
+    if _REMOTE in str(error):
+        return _own_code(source)
     if Path(source.path).exists():
         return f"{source.name}/config.json cannot be used ({reason(error)}); give a HuggingFace causal LM."
     return (
@@ -77,11 +110,17 @@ def _no_config(source: Source, error: Exception) -> str:
     )
 
 
+def _own_code(source: Source) -> str:
+    return f"{source.name} brings its own model code; read that code, then allow it with --trust-remote-code."
+
+
 def load_tokenizer(source: Source, vocabulary: int) -> PreTrainedTokenizerBase:
     """The tokenizer. Errors: UserError where there is none, or it makes ids the model has no embedding for."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.path, trust_remote_code=source.trust_remote_code)
     except Exception as error:  # every tokenizer backend has its own exceptions
+        if _REMOTE in str(error):
+            raise UserError(_own_code(source)) from error
         raise UserError(
             f"{source.name} has no tokenizer that loads ({type(error).__name__}); "
             "put the model's tokenizer files beside it."
@@ -113,7 +152,7 @@ def load_model(
     for mixtures of experts, goes into that folder.
     """
     config = load_config(source)
-    check_weights(source)
+    check_fit(source, config)
     places: dict[str, Any] = {}
     if offload is not None and (found := _stored(source, config, dtype, device)) is not None:
         watch_stored(found)
@@ -128,6 +167,7 @@ def load_model(
             use_safetensors=None if source.allow_pickle else True,
             trust_remote_code=source.trust_remote_code,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # which are refused below, by name
             **places,
         )
     except Exception as error:  # files, pickles and formats fail in many ways
@@ -136,6 +176,7 @@ def load_model(
             "or allow weights in pickle form with --allow-pickle if it has no others."
         ) from error
     _refuse_other_weights(source, config, loading)
+    _refuse_untied(source, config, model)
     if offload is None:
         model = model.to(device)
     else:
@@ -144,30 +185,109 @@ def load_model(
 
 
 def _stored(source: Source, config: PretrainedConfig, dtype: torch.dtype | str, device: str) -> PreTrainedModel | None:
-    files = [Path(source.path) / shard for shard in (_shards(Path(source.path)) if Path(source.path).is_dir() else [])]
+    files = files_of(source)
     wanted = checkpoint_dtype(source, config) if isinstance(dtype, str) else dtype
-    return open_stored(config, files, wanted, device) if files else None
+    return open_stored(config, files, wanted, device) if files and files[0].suffix != ".bin" else None
 
 
 def without_weights(config: PretrainedConfig) -> PreTrainedModel:
-    """The model that a configuration describes, on the device that holds nothing."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+    """The model that a configuration describes, on the device that holds nothing. Errors: UserError for none."""
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # every value can be a wrong one
+        raise UserError(
+            f"no model can be built from {config.name_or_path}/config.json ({type(error).__name__}: {reason(error)}); "
+            "fetch it again."
+        ) from error
+
+
+def check_fit(source: Source, config: PretrainedConfig) -> list[str]:
+    """Refuse, from headers alone, a local checkpoint whose files and config.json do not belong together.
+
+    Returns the names that are stored and have no place in the model. Errors: UserError.
+    """
+    check_weights(source)
+    if not (files := files_of(source)):
+        return []
+    without_weights(config)
+    stored = headers(files)
+    for name in sorted(stored):
+        if name.endswith("weight") and not stored[name].is_floating_point():
+            raise UserError(_quantised(source, f"{name} is in no float format"))
+    try:
+        loading = try_loading(config, stored)
+    except Exception as error:  # what an older name or an expert becomes can fail in many ways
+        raise UserError(
+            f"the weights of {source.name} do not fit its config.json ({reason(error)}); "
+            "fetch the weights that belong to it."
+        ) from error
+    _refuse_other_weights(source, config, loading)
+    if config.tie_word_embeddings:
+        _refuse_stored_head(source, config, stored)
+    _check_generation(source)
+    return sorted(loading["unexpected_keys"])
 
 
 def _refuse_other_weights(source: Source, config: PretrainedConfig, loading: dict[str, Any]) -> None:
     """Errors: UserError where transformers would fill a weight at random, or ignore one of a layer."""
     wrong = {str(key): "is missing from" for key in loading["missing_keys"]}
-    wrong |= {str(key[0]): "has another shape in" for key in loading["mismatched_keys"]}
-    prefix = layers_prefix(config)
+    for key, found, wanted in loading["mismatched_keys"]:
+        wrong[str(key)] = f"has the shape {tuple(found)}, not {tuple(wanted)}, in"
     extra = (str(key) for key in loading["unexpected_keys"])
-    wrong |= {key: "is unknown to the configuration of" for key in extra if prefix in key and key.endswith("weight")}
+    wrong |= {key: "is unknown to the configuration of" for key in extra if _of_a_layer(key, config)}
     if wrong:
         key = min(wrong)
         raise UserError(
             f"{key} {wrong[key]} {source.name} ({len(wrong)} such weights); "
             "fetch the weights that belong to its config.json."
         )
+
+
+def _of_a_layer(key: str, config: PretrainedConfig) -> bool:
+    """Whether a layer would compute with it: older checkpoints also store masks, as attention.bias."""
+    prefix = layers_prefix(config)
+    first = prefix.partition(".")[0]  # which checkpoints of the model without its head leave out
+    mask = key.endswith(("attn.bias", "attention.bias"))
+    return (
+        f"{first}.{key.removeprefix(f'{first}.')}".startswith(prefix) and key.endswith(("weight", ".bias")) and not mask
+    )
+
+
+def _refuse_stored_head(source: Source, config: PretrainedConfig, stored: dict[str, torch.Tensor]) -> None:
+    """Errors: UserError where the head is said to be the embeddings and is stored with other values."""
+    for pair in getattr(without_weights(config), "all_tied_weights_keys", {}).items():
+        names = [next((own for own in (name, name.partition(".")[2]) if own in stored), None) for name in pair]
+        if None in names:
+            continue
+        head, embeddings = (stored_tensor(files_of(source), str(name)) for name in names)
+        if not torch.equal(head.to(embeddings.dtype), embeddings):
+            raise UserError(_untied(source, pair[0]))
+
+
+def _refuse_untied(source: Source, config: PretrainedConfig, model: PreTrainedModel) -> None:
+    """The same of a loaded model, as those from the Hub are. Errors: UserError."""
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    if config.tie_word_embeddings and head is not None and not torch.equal(head.weight, embeddings.weight):
+        raise UserError(_untied(source, "the head's weight"))
+
+
+def _untied(source: Source, name: str) -> str:
+    return (
+        f"config.json of {source.name} ties the head to the embeddings, but {name} is stored with other values; "
+        "set tie_word_embeddings to false there, or fetch the weights that belong to it."
+    )
+
+
+def _check_generation(source: Source) -> None:
+    """Errors: UserError for a damaged generation_config.json, which transformers would leave out without a word."""
+    if (Path(source.path) / "generation_config.json").is_file():
+        try:
+            GenerationConfig.from_pretrained(source.path)
+        except Exception as error:
+            raise UserError(
+                f"{source.name}/generation_config.json cannot be used ({reason(error)}); fetch it again, or delete it."
+            ) from error
 
 
 @torch.no_grad()
@@ -187,88 +307,37 @@ def check_weights(source: Source) -> None:
     folder = Path(source.path)
     if not folder.is_dir():
         return
-    shards = _shards(folder)
-    if not shards and any(folder.glob("pytorch_model*.bin")):
-        if not source.allow_pickle:
-            raise UserError(
-                f"{source.name} has weights in pickle form only, which can run code; "
-                "convert them to safetensors, or allow them with --allow-pickle."
-            )
-    elif not shards:
-        raise UserError(f"{source.name} holds no model.safetensors; put the model's weights there.")
-    for shard in shards:
-        try:
-            with safe_open(folder / shard, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise UserError(
-                f"shard {shard} of {source.name} is missing or damaged ({reason(error)}); fetch it again."
-            ) from error
+    files = files_of(source)
+    if not files and any(folder.glob("pytorch_model*.bin")):
+        raise UserError(
+            f"{source.name} has weights in pickle form only, which can run code; "
+            "convert them to safetensors, or allow them with --allow-pickle."
+        )
+    if not files:
+        raise UserError(f"{source.name} holds no {SAFETENSORS}; put the model's weights there.")
+    if not headers(files):
+        raise UserError(f"{source.name} holds weights files without a tensor; fetch them again.")
 
 
-def _shards(folder: Path) -> list[str]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{index} is damaged ({type(error).__name__}); fetch it again.") from error
-    return ["model.safetensors"] if (folder / "model.safetensors").is_file() else []
+def files_of(source: Source) -> list[Path]:
+    """A local checkpoint's weights; none for one on the Hub."""
+    return weight_files(Path(source.path), source.allow_pickle) if Path(source.path).is_dir() else []
 
 
 def weight_bytes(folder: Path) -> int | None:
     """Bytes of a folder's weights on the disk; None for what is no folder here."""
     if not folder.is_dir():
         return None
-    names = _shards(folder) or [path.name for path in folder.glob("pytorch_model*.bin")]
-    return sum((folder / name).stat().st_size for name in names)
+    return sum(file.stat().st_size for file in weight_files(folder, allow_pickle=True))
 
 
 def checkpoint_dtype(source: Source, config: PretrainedConfig) -> torch.dtype:
     """The number format the checkpoint's weights are in: the configuration's word, else the first stored tensor's."""
-    dtype = getattr(config, "dtype", None)
-    shards = _shards(Path(source.path)) if Path(source.path).is_dir() else []
-    if dtype is None and shards:
-        with safe_open(Path(source.path) / shards[0], framework="pt") as tensors:
-            return tensors.get_tensor(min(tensors.keys())).dtype
-    dtype = dtype or torch.float32
-    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
-
-
-def fingerprint(source: Source) -> str:
-    """What tells one local checkpoint from another without reading all of it; the name for one on the Hub.
-
-    Errors: as `check_weights`.
-    """
-    check_weights(source)
-    folder = Path(source.path)
-    if not folder.is_dir():
-        return source.name
-    parts = [(folder / "config.json").read_bytes()]
-    for shard in _shards(folder):
-        with (folder / shard).open("rb") as stream:
-            parts += [str((folder / shard).stat().st_size).encode(), stream.read(2**20)]
-            stream.seek(-min(2**20, (folder / shard).stat().st_size), 2)
-            parts.append(stream.read())
-    return sha256(*parts)
-
-
-def whole_fingerprint(source: Source, config: PretrainedConfig) -> str:
-    """As `fingerprint`, but for a look into every tensor, for end tokens, and for the commit of one on the Hub."""
-    folder = Path(source.path)
-    if not folder.is_dir():
-        return sha256(fingerprint(source).encode(), str(getattr(config, "_commit_hash", None)).encode())
-    generation = folder / "generation_config.json"
-    parts = [fingerprint(source).encode(), generation.read_bytes() if generation.is_file() else b""]
-    for shard in _shards(folder):
-        with (folder / shard).open("rb") as stream:
-            size = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(size))
-            for name in sorted(header.keys() - {"__metadata__"}):
-                start, stop = header[name]["data_offsets"]
-                stream.seek(8 + size + start + (stop - start) // 2)
-                parts.append(stream.read(min(_LOOK, (stop - start + 1) // 2)))
-    return sha256(*parts)
+    if (dtype := getattr(config, "dtype", None)) is not None:
+        return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    stored = headers(files_of(source))
+    floats = (stored[name].dtype for name in sorted(stored) if stored[name].dtype in DTYPES)
+    return next(floats, torch.float32)
 
 
 def context_length(config: PretrainedConfig) -> int:

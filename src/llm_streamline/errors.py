@@ -5,7 +5,8 @@ from __future__ import annotations
 
 def reason(error: BaseException) -> str:
     """The first sentence of what another library says, to be put in brackets into one of ours."""
-    lines = str(error).strip().splitlines()
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    lines = lines[1:] if len(lines) > 1 and lines[0].endswith(":") else lines  # which only says that something follows
     return lines[0].split(". ")[0].rstrip(".") if lines else type(error).__name__
 
 

@@ -254,7 +254,7 @@ def _assembly(sizes: Sizes, model: int, offloaded: bool, ram: int) -> int:
 
 def _copied(sizes: Sizes) -> int:
     """The source in float32, where the model computed with is none."""
-    same = sizes.compute_bytes == 4 and sizes.stored_bytes == sizes.saved_bytes
+    same = sizes.compute_bytes == 4 and sizes.stored_bytes == sizes.saved_bytes and not sizes.rounded
     return 0 if same else sizes.total * 4
 
 

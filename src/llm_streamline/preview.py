@@ -91,8 +91,10 @@ def begin_analysis(work: Workspace, recipe: Recipe, held: ExitStack) -> Path:
     """The folder, locked until `held` ends. Errors: UserError where it is not ours, or nothing can be measured."""
     folder = output_folder(work.runtime.output or Path(f"{Path(work.recipe.model).name}-analysis"))
     held.enter_context(run_lock(folder))
+    held.callback(work.let_go)
     if own_contents(folder) - ANALYSIS_FILES:
         raise UserError(f"-o {folder} holds other things than an analysis; give a folder that is new or empty.")
+    work.check_checkpoint()
     check_protected(work.shape, work.recipe)
     if asks_for_windows(recipe):
         check_request(work.shape, recipe)

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
-from llm_streamline import checkpoint, figures, memory
+from llm_streamline import checkpoint, figures, fingerprints, memory
 from llm_streamline.analyze import analyze
 from llm_streamline.assemble import Parts as ModelParts
 from llm_streamline.assemble import assemble
@@ -82,6 +82,7 @@ def begin(work: Workspace, held: ExitStack) -> tuple[RunFolder, list[Task]]:
     """
     recipe, runtime = work.recipe, work.runtime
     held.enter_context(run_lock(output_folder(runtime.output)))
+    held.callback(work.let_go)
     folder = RunFolder.open(runtime.output, recipe, runtime.fresh, work.world)
     check_all(work)
     folder.check_inputs(work.inputs)
@@ -135,6 +136,7 @@ def evaluate(request: Request, runtime: Runtime) -> Evaluation:
 
 def check_all(work: Workspace) -> None:
     """Refuse, before anything is measured, what cannot be done. Errors: UserError."""
+    work.check_checkpoint()
     work.check_replacement(check_request(work.shape, work.recipe))
     rates(work.recipe, work.config.hidden_size)
     check_tracker(work.runtime.tracker)
@@ -267,7 +269,7 @@ def evaluate_models(
 def standings(work: Workspace, plan: LayerPlan, folder: RunFolder) -> dict[str, Standing]:
     """The dense model, the same with its window left out unless that is what was saved, and the saved one."""
     target = folder.path / "model"
-    dense = checkpoint.fingerprint(work.source)
+    dense = fingerprints.fingerprint(work.source)
     saved = sha256(json.dumps(Manifest.read(target / MANIFEST).weights).encode())
     common = (work.compute, checkpoint.context_length(work.config), work.tokenizer)
     found = {DENSE: Standing(work.recipe.model, dense, *common, lambda: work.model)}

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from llm_streamline.checkpoint import context_length
 from llm_streamline.families import inner_width, layers_of
+from llm_streamline.fidelity import rounded
 from llm_streamline.heal import parse_heal
 from llm_streamline.memory import FORWARD_TOKENS, alive_layers, default_batch, layers_above
 from llm_streamline.objective import passes_to_solve
@@ -51,6 +52,7 @@ class Sizes:
     compute_bytes: int
     stored_bytes: int
     saved_bytes: int
+    rounded: bool  # some tensors are stored in a wider format than the saved one
     cache: int  # bytes of the states kept for later epochs
     block: int
     forward: int  # tokens of a micro-batch where nothing is trained
@@ -96,6 +98,7 @@ def sizes_of(work: Workspace, offloaded: bool = False) -> Sizes:
         compute_bytes=work.compute_dtype.itemsize,
         stored_bytes=work.checkpoint_dtype.itemsize,
         saved_bytes=work.dtype.itemsize,
+        rounded=bool(rounded(work.source, work.dtype)),
         cache=states if occupied and states <= (work.runtime.cache or 0) else 0,
         block=block,
         forward=max(block, FORWARD_TOKENS // block * block),

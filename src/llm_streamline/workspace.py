@@ -8,7 +8,6 @@ import tempfile
 import weakref
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from llm_streamline import checkpoint
+from llm_streamline import checkpoint, fidelity, fingerprints
 from llm_streamline.errors import UserError
 from llm_streamline.estimate import Estimate, estimate_of
 from llm_streamline.families import layers_of
@@ -24,7 +23,7 @@ from llm_streamline.files import TEMPORARY, remove, remove_leftovers, write_text
 from llm_streamline.folding import check_foldable
 from llm_streamline.lock import LOCK
 from llm_streamline.memory import memory_limit
-from llm_streamline.offload import is_offloaded, round_stored, stored_weights
+from llm_streamline.offload import is_offloaded, round_stored
 from llm_streamline.parallel import ALONE, World
 from llm_streamline.precision import multiplies_bfloat16
 from llm_streamline.progress import say
@@ -150,9 +149,8 @@ class Workspace:
         self.world, self._shared = world, False
         self.recipe = recipe
         self.runtime = runtime = runtime if world.first else runtime.model_copy(update={"quiet": True})
-        self.source = checkpoint.Source(
-            recipe.model, runtime.allow_pickle, runtime.trust_remote_code, recipe.family_from
-        )
+        allowed = (runtime.allow_pickle, runtime.trust_remote_code)
+        self.source = checkpoint.Source(recipe.model, *allowed, recipe.family_from)
         if runtime.threads:
             torch.set_num_threads(runtime.threads)
         if runtime.quiet:
@@ -225,14 +223,15 @@ class Workspace:
         self._refuse_overflow(model)
         return model
 
+    def check_checkpoint(self) -> None:
+        """Refuse a local checkpoint that is not whole, and say what of it is not kept. Errors: UserError."""
+        for note in fidelity.losses_of(self.source, self.config, None if self.recipe.dtype else self.dtype):
+            say(note, self.runtime.quiet)
+
     def _refuse_overflow(self, model: PreTrainedModel) -> None:
-        largest = torch.finfo(self.dtype).max
-        if not self.recipe.dtype:
-            return
-        held = ((name, value) for name, value in model.named_parameters() if not value.is_meta)
-        stored = stored_weights(model) if is_offloaded(model) else ()
-        if any(bool((value.abs() > largest).any()) for _, value in chain(held, stored)):
-            raise UserError(f"--dtype {self.recipe.dtype} cannot hold the model's weights; use bfloat16 or float32.")
+        if (self.recipe.dtype or fidelity.rounded(self.source, self.dtype)) and fidelity.overflows(self.dtype, model):
+            name = str(self.dtype).removeprefix("torch.")
+            raise UserError(f"--dtype {name} cannot hold the model's weights; use bfloat16 or float32.")
 
     def load(self, source: checkpoint.Source) -> PreTrainedModel:
         offload = self.scratch if self.offloads else None
@@ -277,6 +276,11 @@ class Workspace:
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         return folder
 
+    def let_go(self) -> None:
+        """Delete what was too large for memory."""
+        if "scratch" in self.__dict__:
+            remove(self.scratch)
+
     def load_saved(self, folder: Path, custom_code: bool) -> PreTrainedModel:
         """A model that this run has written and verified, in the number format to compute in."""
         if not custom_code and self.offloads:
@@ -301,6 +305,7 @@ class Workspace:
     def model_as_saved(self) -> PreTrainedModel:
         """The source on the CPU in float32, rounded to what the saved number format holds."""
         same = self.model.dtype == torch.float32 and self.dtype == self.checkpoint_dtype
+        same = same and fidelity.holds(self.dtype, self.model)  # single tensors may be stored in a wider format
         if same and self.device == "cpu" and not self.recipe.heals:  # which changes what is returned
             return self.model
         offload = self.scratch if self.estimate.writes_offloaded else None
@@ -329,7 +334,7 @@ class Workspace:
             self._shared = True
 
     def inputs(self) -> Inputs:
-        return Inputs(model=checkpoint.fingerprint(self.source), data=self.parts.summary())
+        return Inputs(model=fingerprints.fingerprint(self.source), data=self.parts.summary())
 
     @cached_property
     def memory(self) -> int:

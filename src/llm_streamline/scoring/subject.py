@@ -9,7 +9,7 @@ from typing import Protocol
 
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from llm_streamline import checkpoint
+from llm_streamline import checkpoint, fingerprints
 from llm_streamline.custom_code import PREFIX
 from llm_streamline.errors import UserError
 from llm_streamline.files import sha256
@@ -55,8 +55,11 @@ class Subject:
             raise UserError(f"{name} carries code of its own; read that code, then allow it with --trust-remote-code.")
         self.config = self._config()
         self.tokenizer = checkpoint.load_tokenizer(self._work.source, self.config.vocab_size)
-        checkpoint.check_weights(self._work.source)
-        self.fingerprint = checkpoint.whole_fingerprint(self._work.source, self.config)
+        if self._own_code:
+            checkpoint.check_weights(self._work.source)
+        else:
+            checkpoint.check_fit(self._work.source, self.config)
+        self.fingerprint = fingerprints.whole_fingerprint(self._work.source, self.config)
         self.compute = self._work.compute
 
     def _config(self) -> PretrainedConfig:
