@@ -42,11 +42,11 @@ LLAMA_CPP_PYTHON := llama-cpp-python==0.3.36
 	rm -rf .llama.cpp && mkdir .llama.cpp
 	$(BIN)/python -m pip download --quiet --no-deps --no-binary :all: --dest .llama.cpp $(LLAMA_CPP_PYTHON)
 	tar -xzf .llama.cpp/llama_cpp_python-*.tar.gz -C .llama.cpp --strip-components 1
-	$(PIP) .llama.cpp/llama_cpp_python-*.tar.gz sentencepiece
+	$(PIP) .llama.cpp/llama_cpp_python-*.tar.gz sentencepiece torchao
 	@touch $@
 
 gguf: .llama.cpp/done
-	$(OFFLINE) LLAMA_CPP=.llama.cpp/vendor/llama.cpp $(BIN)/python -m pytest tests/test_gguf.py
+	$(OFFLINE) LLAMA_CPP=.llama.cpp/vendor/llama.cpp $(BIN)/python -m pytest tests/test_gguf.py tests/test_chain.py
 
 bench: $(VENV)/installed-dev
 	$(OFFLINE) $(BIN)/python -m bench

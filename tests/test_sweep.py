@@ -5,11 +5,12 @@ import json
 import pytest
 
 from llm_streamline import assemble, oracle, run
+from llm_streamline.comparison import _of_tasks
 from llm_streamline.errors import UserError
 from llm_streamline.evaluation import Sweep
 from llm_streamline.files import remove
 from llm_streamline.recipe import Recipe, Runtime
-from llm_streamline.sweep import _mean, plans, sweep
+from llm_streamline.sweep import plans, sweep
 from llm_streamline.sweep_figure import panels
 from tests import tiny
 
@@ -69,8 +70,11 @@ def test_answers_are_shown_where_there_are_some(recipe, tmp_path, monkeypatch):
 
 
 def test_the_interval_of_a_mean_is_narrower_than_its_parts():
-    assert _mean([(0.5, (0.4, 0.6)), (0.7, (0.6, 0.8))]) == (0.6, pytest.approx((0.6 - 0.0707, 0.6 + 0.0707), abs=1e-4))
-    assert _mean([(0.5, (0.4, 0.6)), (0.7, None)]) == (0.6, None)
+    assert _of_tasks([(0.5, (0.4, 0.6)), (0.7, (0.6, 0.8))]) == (
+        0.6,
+        pytest.approx((0.6 - 0.0707, 0.6 + 0.0707), abs=1e-4),
+    )
+    assert _of_tasks([(0.5, (0.4, 0.6)), (0.7, None)]) == (0.6, None)
 
 
 def test_ratios_of_one_number_of_layers_are_one_run(recipe, tmp_path, capsys, monkeypatch):
