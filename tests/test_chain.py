@@ -49,6 +49,8 @@ def test_a_run_goes_on_to_int8_and_tells_all_three(recipe, shorter, tmp_path):
     )
     assert dense.stability == 1.0 and None not in (lighter.accuracy, shortened.stability, lighter.stability)
     assert 0 < abs(lighter.nats - shortened.nats) < 0.05
+    answers = [(shorter / "items" / label / "asked.jsonl").read_text() for label in ("saved", "int8")]
+    assert answers[0] != answers[1]  # the lighter model was asked, and not the one it was made from
     page = (shorter / "report.html").read_text()
     assert "With fewer bits per weight" in page and "With fewer bits per weight" not in before
     again = run.compress(recipe(replace="none"), quiet(shorter, tasks=tasks))  # which has not forgotten it
