@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def _report(name: str, out: object) -> None:
-    """What came of one configuration, with the layers of `cut` and where that goes wrong with all."""
+    """What came of one configuration, with the layers of `cut` and with all."""
     found = {}
     for which, kept in KEPT.items():
         config = sliced_config(CONFIGS[name], kept)

@@ -2,7 +2,7 @@
 
 Each is installed, with what it needs, into a folder of its own that goes before this environment's on Python's path;
 `--pre` allows pre-releases, `--folder` keeps what was installed. A line for each: how many tests passed, and of which
-configurations some did not. STREAMLINE_MATRIX=1 runs every window of every configuration, which takes hours.
+configurations some did not. STREAMLINE_MATRIX=1 runs every window of every configuration.
 """
 
 from __future__ import annotations

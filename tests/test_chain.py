@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from llm_streamline import assemble as assemble_module
-from llm_streamline import chain, int8, oracle, run
+from llm_streamline import int8, oracle, run
 from llm_streamline.chain import PLACES
 from llm_streamline.errors import UserError, VerificationError
 from llm_streamline.evaluation import CHAIN, Chain
@@ -113,4 +113,3 @@ def test_a_model_of_no_tasks_has_a_chain_of_losses(recipe, tmp_path):
     found = run.compress(recipe(replace="none"), quiet(tmp_path / "run", then="int8", tasks=("none",)))
     assert found.evaluation is None and [one.accuracy for one in found.chain.links] == [None] * 3
     assert json.loads((tmp_path / "run" / "int8.json").read_text())["path"] == PLACES["int8"]
-    assert chain.PLACES["int8"] == "model-int8"

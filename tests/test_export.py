@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -32,13 +33,15 @@ SLIDING, FULL = "sliding_attention", "full_attention"
 class Program:
     """Runs a folder with transformers, as another program would; `wrong` is added to one logit in the cache."""
 
-    def __init__(self, folder, wrong: float = 0.0, scale: float = 1.0):
+    def __init__(self, folder, wrong: float = 0.0, scales=(1.0,)):
         self._model = AutoModelForCausalLM.from_pretrained(folder).eval()
-        self.wrong, self.scale = wrong, scale
+        self.wrong, self._scales = wrong, list(scales)
 
     def logits(self, ids):
+        """Each prompt's are scaled by the next scale, the last of which stays."""
+        scale = self._scales.pop(0) if len(self._scales) > 1 else self._scales[0]
         with torch.no_grad():
-            return (self._model(torch.tensor([list(ids)])).logits[0] * self.scale).numpy()
+            return (self._model(torch.tensor([list(ids)])).logits[0] * scale).numpy()
 
     def greedy(self, ids, new):
         written = list(ids)
@@ -63,8 +66,8 @@ def program(llama_folder, monkeypatch, tmp_path):
     monkeypatch.setattr(compare, "PROMPTS", 2)
     monkeypatch.setattr(gguf, "convert", lambda folder, target, *_: target.write_text(str(folder)))
     monkeypatch.setattr(gguf, "quantise", lambda source, target, *_: shutil.copy(source, target))
-    played = SimpleNamespace(wrong=0.0, scale=1.0)
-    monkeypatch.setattr(writers, "GgufModel", lambda path, _: Program(path.read_text(), played.wrong, played.scale))
+    played = SimpleNamespace(wrong=0.0, scales=(1.0,))
+    monkeypatch.setattr(writers, "GgufModel", lambda path, _: Program(path.read_text(), played.wrong, played.scales))
     return played
 
 
@@ -85,9 +88,9 @@ def test_a_cache_that_goes_wrong_is_not_published(program, llama_folder, tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == [gguf.SCRIPT]
 
 
-@pytest.mark.parametrize("scale", [1.01, float("nan")])
-def test_logits_that_are_off_are_not_published(program, llama_folder, tmp_path, scale):
-    program.scale = scale
+@pytest.mark.parametrize("scales", [(1.01,), (math.nan,), (math.nan, 1.0)], ids=str)
+def test_logits_that_are_off_are_not_published(program, llama_folder, tmp_path, scales):
+    program.scales = scales
     with pytest.raises(VerificationError, match=r"logits differ from transformers' by"):
         export.export(str(llama_folder), "gguf", tmp_path / "new.gguf")
 
@@ -103,7 +106,7 @@ def test_a_sliding_window_that_no_prompt_leaves_is_told(program, tmp_path, windo
 
 
 def test_a_comparison_that_fails_exits_with_1(program, llama_folder, capsys):
-    program.scale = 1.01
+    program.scales = (1.01,)
     with pytest.raises(SystemExit, match="1"):
         cli.main(["verify", str(llama_folder), "--runtime", "llama.cpp"])
     assert (
@@ -114,7 +117,7 @@ def test_a_comparison_that_fails_exits_with_1(program, llama_folder, capsys):
 def test_a_lossy_format_is_made_of_a_checked_one(program, llama_folder, tmp_path):
     found = export.export(str(llama_folder), "gguf", tmp_path / "new.gguf", "q4_k_m")
     assert [(one.number_format, one.tolerance) for one in found.checks] == [("f32", 5e-3), ("q4_k_m", None)]
-    program.scale = 1.5  # which decides nothing, and would be lossy too
+    program.scales = (1.5,)  # which decides nothing, and would be lossy too
     with pytest.raises(VerificationError):
         export.export(str(llama_folder), "gguf", tmp_path / "newer.gguf", "q4_k_m")
 
@@ -168,6 +171,12 @@ def test_what_cannot_be_exported_is_one_sentence(program, llama_folder, tmp_path
             export.export(str(llama_folder), to, output, number_format)
     with pytest.raises(UserError, match=r"holds no config.json; give a HuggingFace model folder or a run folder"):
         exportable(str(tmp_path))
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"/config.json cannot be used \(.*\); give a HuggingFace causal LM"):
+        exportable(str(tmp_path))
+    tiny.make_model("llama").save_pretrained(tmp_path / "bare")
+    with pytest.raises(UserError, match=r"bare has no tokenizer, so that no prompt can be made for it"):
+        export.export(str(tmp_path / "bare"), "gguf", tmp_path / "b")
     with pytest.raises(UserError, match=r"--runtime exe is not known; give one of: llama.cpp"):
         compare_runtime(str(llama_folder), "exe")
 

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-import torch
-from transformers import PreTrainedModel
 
 from llm_streamline import memory
 from llm_streamline.checkpoint import weight_bytes
@@ -20,15 +16,15 @@ from llm_streamline.export import export
 from llm_streamline.files import remove, sha256
 from llm_streamline.int8 import INT8, check_int8, write_int8
 from llm_streamline.oracle import MANIFEST
-from llm_streamline.progress import progress, say
+from llm_streamline.progress import say
 from llm_streamline.records import Loss, Manifest, Scores
 from llm_streamline.report import compared_lines
 from llm_streamline.runtimes import gguf
 from llm_streamline.runtimes.check import require
 from llm_streamline.runtimes.language_model import GgufLanguageModel
-from llm_streamline.runtimes.patterns import gguf_period
+from llm_streamline.runtimes.patterns import gguf_period, why_not_gguf
 from llm_streamline.scoring.of_run import DENSE, Standing
-from llm_streamline.scoring.perplexity import next_token_loss, token_losses
+from llm_streamline.scoring.perplexity import next_token_loss
 from llm_streamline.workspace import RunFolder, Workspace
 
 INT4, INT4_TYPE = "int4", "q4_k_m"
@@ -45,6 +41,8 @@ def check_then(work: Workspace) -> None:
     if then == INT4:
         require("llama.cpp")
         gguf.find_converter()
+        if why := why_not_gguf(work.config):
+            raise UserError(f"--then int4 writes GGUF, which {work.recipe.model} cannot be, as {why}; leave it out.")
         if gguf_period(work.config, work.recipe.model) > 1 and not work.recipe.for_:
             raise UserError("--then int4 writes GGUF, where llama.cpp counts this model's layers; add --for gguf.")
 
@@ -68,9 +66,8 @@ def _int8(work: Workspace, folder: RunFolder) -> Lighter:
         write_int8(folder.path / "model", target, work.ram - memory.held())
     manifest = Manifest.read(target / MANIFEST)
     assert manifest.verification is not None
-    blocks, batch = work.parts.validation, work.batch(memory.FORWARD_TOKENS // 2)
-    loss = next_token_loss(work.load_saved(target, False), blocks, batch, "the int8 model", work.runtime.quiet)
     claim = f"verified: logits within {manifest.verification.logits_error:.1e}, cached = uncached generation"
+    loss = _loss(work, INT8, work.load_saved(target, False))
     return Lighter(kind=INT8, path=PLACES[INT8], bytes=weight_bytes(target), loss=loss, claim=claim)
 
 
@@ -78,26 +75,23 @@ def _int4(work: Workspace, folder: RunFolder) -> Lighter:
     target = folder.path / PLACES[INT4]
     remove(target)  # of a run that was killed before it had said what it is
     found = export(str(folder.path / "model"), "gguf", target, INT4_TYPE)
-    loss = _loss(GgufLanguageModel(target), work.parts.validation, work.runtime.quiet)
     (claim, *_) = compared_lines(found.checks[-1])
+    loss = _loss(work, INT4, GgufLanguageModel(target))
     return Lighter(kind=INT4, path=PLACES[INT4], bytes=found.bytes, loss=loss, claim=claim)
 
 
-def _loss(model: Any, blocks: torch.Tensor, quiet: bool) -> Loss:
-    """As `next_token_loss`, of a model that is none of transformers'."""
-    with progress(f"loss of the {INT4} model", len(blocks), quiet) as advance:
-        rows = token_losses(model, blocks.tolist(), None, lambda done: advance(done, "sequences"))
-    means = torch.stack([row.double().mean() for row in rows])
-    se = float(means.std()) / math.sqrt(len(means)) if len(means) > 1 else 0.0
-    return Loss(nats=float(means.mean()), se=se, tokens=sum(map(len, rows)), sequences=len(rows))
+def _loss(work: Workspace, kind: str, model: Any) -> Loss:
+    """On the held-out text."""
+    blocks, batch = work.parts.validation, work.batch(memory.FORWARD_TOKENS // 2)
+    return next_token_loss(model, blocks, batch, f"the {kind} model", work.runtime.quiet)
 
 
 def standing(work: Workspace, lighter: Lighter, saved: Standing, folder: Path) -> Standing:
     """The lighter model, to be asked what the others are."""
     path = folder / lighter.path
-    load: Callable[[], PreTrainedModel] = lambda: work.load_saved(path, False)  # noqa: E731
+    load: Callable[[], Any] = partial(work.load_saved, path, False)
     if lighter.kind == INT4:
-        load = lambda: GgufLanguageModel(path)  # noqa: E731
+        load = partial(GgufLanguageModel, path)
     fingerprint = sha256(saved.fingerprint.encode(), lighter.kind.encode(), str(lighter.bytes).encode())
     common = (work.compute, saved.context, work.tokenizer)
     return Standing(str(path), fingerprint, *common, load, only_asked=lighter.kind == INT4)

@@ -47,10 +47,7 @@ class Source:
 def load_config(source: Source) -> PretrainedConfig:
     """The configuration of a supported causal LM. Errors: UserError."""
     _refuse_other_folders(source)
-    try:
-        config = AutoConfig.from_pretrained(source.path, trust_remote_code=source.trust_remote_code)
-    except Exception as error:  # configurations are validated by several libraries, each with its own exceptions
-        raise UserError(_no_config(source, error)) from error
+    config = read_config(source)
     if source.family_from:
         try_family(config, source.family_from)
     family_of(config)
@@ -67,6 +64,14 @@ def load_config(source: Source) -> PretrainedConfig:
             f"give a model in {' or '.join(map(_named, DTYPES))}."
         )
     return config
+
+
+def read_config(source: Source) -> PretrainedConfig:
+    """The configuration of any model. Errors: UserError for none."""
+    try:
+        return AutoConfig.from_pretrained(source.path, trust_remote_code=source.trust_remote_code)
+    except Exception as error:  # configurations are validated by several libraries, each with its own exceptions
+        raise UserError(_no_config(source, error)) from error
 
 
 def _refuse_other_folders(source: Source) -> None:
@@ -210,8 +215,7 @@ def check_fit(source: Source, config: PretrainedConfig) -> list[str]:
     check_weights(source)
     if not (files := files_of(source)):
         return []
-    without_weights(config)
-    stored = headers(files)
+    skeleton, stored = without_weights(config), headers(files)
     for name in sorted(stored):
         if name.endswith("weight") and not stored[name].is_floating_point():
             raise UserError(_quantised(source, f"{name} is in no float format"))
@@ -224,7 +228,7 @@ def check_fit(source: Source, config: PretrainedConfig) -> list[str]:
         ) from error
     _refuse_other_weights(source, config, loading)
     if config.tie_word_embeddings:
-        _refuse_stored_head(source, config, stored)
+        _refuse_stored_head(source, skeleton, stored)
     _check_generation(source)
     return sorted(loading["unexpected_keys"])
 
@@ -254,9 +258,9 @@ def _of_a_layer(key: str, config: PretrainedConfig) -> bool:
     )
 
 
-def _refuse_stored_head(source: Source, config: PretrainedConfig, stored: dict[str, torch.Tensor]) -> None:
+def _refuse_stored_head(source: Source, skeleton: PreTrainedModel, stored: dict[str, torch.Tensor]) -> None:
     """Errors: UserError where the head is said to be the embeddings and is stored with other values."""
-    for pair in getattr(without_weights(config), "all_tied_weights_keys", {}).items():
+    for pair in getattr(skeleton, "all_tied_weights_keys", {}).items():
         names = [next((own for own in (name, name.partition(".")[2]) if own in stored), None) for name in pair]
         if None in names:
             continue

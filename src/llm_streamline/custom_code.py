@@ -66,3 +66,13 @@ def write_custom_code(model: PreTrainedModel, spec: dict[str, Any], folder: Path
         "streamlined": spec,
     }
     write_text(path, json.dumps(values, indent=2) + "\n")
+
+
+def has_own_code(folder: Path) -> bool:
+    """Whether a folder is one of ours with a network that stock transformers does not know."""
+    try:
+        return str(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")).startswith(
+            PREFIX
+        )
+    except (OSError, ValueError, AttributeError):
+        return False

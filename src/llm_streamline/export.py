@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
 
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
-from llm_streamline.checkpoint import Source
-from llm_streamline.custom_code import PREFIX
+from llm_streamline.checkpoint import Source, read_config
+from llm_streamline.custom_code import has_own_code
 from llm_streamline.errors import UserError, VerificationError
 from llm_streamline.files import atomic
 from llm_streamline.progress import say
@@ -57,7 +56,7 @@ def compare_runtime(model: str, runtime: str, llama_cpp: Path | None = None) -> 
     with tempfile.TemporaryDirectory(prefix="llm-streamline-") as scratch:
         path = Path(scratch) / "model"
         writer.write(path, EXACT)
-        return _compared(writer, Reference(folder), path, EXACT)
+        return _compared(writer, Reference(folder, config), path, EXACT)
 
 
 def exportable(model: str) -> tuple[Path, PretrainedConfig]:
@@ -66,14 +65,14 @@ def exportable(model: str) -> tuple[Path, PretrainedConfig]:
     folder = next((place for place in (given, given / "model") if (place / "config.json").is_file()), None)
     if folder is None:
         raise UserError(f"{model} holds no config.json; give a HuggingFace model folder or a run folder.")
-    if str(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")).startswith(PREFIX):
+    if has_own_code(folder):
         raise UserError(f"{model} carries code of its own, which no other program runs; use a stock --replace.")
-    return folder, AutoConfig.from_pretrained(folder)
+    return folder, read_config(Source(str(folder)))
 
 
 def _written(writer: Writer, target: Path, number_format: str) -> list[Compared]:
     """`target` in a format, with what was compared. Errors: as `export`."""
-    reference = Reference(writer.folder)
+    reference = Reference(writer.folder, writer.config)
     if number_format in writer.formats:
         writer.write(target, number_format)
         return _checked(writer, reference, target, number_format)

@@ -47,10 +47,11 @@ def family_of(config: PretrainedConfig) -> Family:
             f"model type {kind!r} runs its own code, which is {NOT_PROVEN}; give a model that transformers knows, "
             "or this one without --trust-remote-code if it does."
         )
-    if kind not in FAMILIES | TRIED:
+    family = FAMILIES.get(kind) or TRIED.get(kind)
+    if family is None:
         raise UserError(f"model type {kind!r} is {_why_not(config)}; give another: {LISTED}.")
-    _refuse_options((FAMILIES | TRIED)[kind], config)
-    return (FAMILIES | TRIED)[kind]
+    _refuse_options(family, config)
+    return family
 
 
 def try_family(config: PretrainedConfig, layers: str) -> None:
@@ -59,6 +60,8 @@ def try_family(config: PretrainedConfig, layers: str) -> None:
     Errors: UserError for a kind that has a row, or a reason against it, and for a path where no layers are.
     """
     kind = config.model_type
+    if kind in TRIED and TRIED[kind].layers == layers:
+        return
     if kind in FAMILIES or kind in REASONS:
         why = "is proven, and needs no path" if kind in FAMILIES else f"is {REASONS[kind]}"
         raise UserError(f"--family-from {layers} was given, but model type {kind!r} {why}; leave it out.")
@@ -104,9 +107,11 @@ def _why_not(config: PretrainedConfig) -> str:
             path = find_stack(AutoModelForCausalLM.from_config(config))
     except Exception:  # a model that cannot be built has no layers to point at; the refusal stands all the same
         path = None
-    found = f" (its layers seem to be at {path}: try --family-from {path}, or add a row, see CONTRIBUTING.md)"
-    found = found if path else ""
-    return NOT_PROVEN + found
+    if path is None:
+        return NOT_PROVEN
+    return (
+        f"{NOT_PROVEN} (its layers seem to be at {path}: try --family-from {path}, or add a row, see CONTRIBUTING.md)"
+    )
 
 
 def find_stack(model: PreTrainedModel) -> str | None:

@@ -277,7 +277,7 @@ def standings(work: Workspace, plan: LayerPlan, folder: RunFolder) -> dict[str, 
         cut = sha256(dense.encode(), str(plan.plain_window).encode())
         without = lambda: substituted(work.model, plan.plain_window)  # noqa: E731
         name = f"{work.recipe.model} without {plan.plain_window}"
-        found[CUT] = Standing(name, cut, *common, lambda: work.model, without)
+        found[CUT] = Standing(name, cut, *common, lambda: work.model, without, only_asked=True)
     found[SAVED] = Standing(str(target), saved, *common, lambda: work.load_saved(target, plan.custom_code))
     return found
 

@@ -9,8 +9,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig
-
 from llm_streamline.checkpoint import context_length
 from llm_streamline.errors import UserError
 from llm_streamline.families import sliding_window
@@ -20,7 +18,7 @@ from llm_streamline.runtimes.runner import Runner
 from llm_streamline.runtimes.texts import TEXTS
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 # runtime -> the module that has to be there, and what installs it
 PACKAGES = {
@@ -50,10 +48,10 @@ def require(runtime: str) -> None:
 class Reference:
     """A model folder as transformers runs it in float32; its weights are read when first needed."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, config: PretrainedConfig) -> None:
         self.folder = folder
         self.tokenizer = _tokenizer(folder)
-        longest = context_length(AutoConfig.from_pretrained(folder)) - NEW_TOKENS
+        longest = context_length(config) - NEW_TOKENS
         self.prompts = [prompt[:longest] for prompt in prompts_of(folder, self.tokenizer)]
 
     @property

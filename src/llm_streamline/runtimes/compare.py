@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llm_streamline.errors import UserError
 from llm_streamline.oracle import FOLDER
 from llm_streamline.progress import progress
 from llm_streamline.runtimes.runner import Runner
@@ -37,7 +38,8 @@ class Difference:
 def prompts_of(folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> list[list[int]]:
     """Token ids to begin with: those that a shortened model was verified with, at many lengths, the full one included.
 
-    They reach past a sliding window. A folder that has none gets twenty short texts.
+    They reach past a sliding window. A folder that has none gets twenty short texts. Errors: UserError for one that has
+    no tokenizer either.
     """
     from safetensors.torch import load_file
 
@@ -46,7 +48,8 @@ def prompts_of(folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> list[
         rows = load_file(oracle)["input_ids"].tolist()
         each = math.ceil(PROMPTS / len(rows))
         return [row[: max(1, len(row) * left // each)] for left in range(each, 0, -1) for row in rows][:PROMPTS]
-    assert tokenizer is not None
+    if tokenizer is None:
+        raise UserError(f"{folder} has no tokenizer, so that no prompt can be made for it; put its files there.")
     return [list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in TEXTS[:PROMPTS]]
 
 
@@ -56,7 +59,9 @@ def compare(model: PreTrainedModel, runner: Runner, prompts: Sequence[Sequence[i
     An `exact` one writes by itself, and what comes after the first other token counts as other. One of a lossy format
     is asked after every token of transformers what it would write, so that a near tie does not decide all that follows.
     """
-    found, positions = Difference(), 0
+    import torch
+
+    found, positions, errors = Difference(), 0, list[torch.Tensor]()
     with progress("prompts in the other runtime", len(prompts)) as advance:
         for prompt in prompts:
             expected = greedy(model, prompt)
@@ -66,12 +71,12 @@ def compare(model: PreTrainedModel, runner: Runner, prompts: Sequence[Sequence[i
             same = [a == b for a, b in zip(expected, written, strict=True)]
             found.tokens += len(same)
             found.equal += [*same, False].index(False) if exact else sum(same)
-            error = float((other - reference).abs().max() / reference.abs().max())
-            found.error = error if not error <= found.error else found.error  # no number is worse than any
+            errors.append((other - reference).abs().max() / reference.abs().max())
             found.divergence += float(_divergences(reference, other).sum())
             positions += len(whole)
             advance(1)
     found.divergence /= positions
+    found.error = float(torch.stack(errors).max())  # which NaN, unlike Python's, is never lost in
     return found
 
 

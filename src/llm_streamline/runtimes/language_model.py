@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +20,10 @@ class GgufLanguageModel:
         """Errors: UserError where llama.cpp does not load the file."""
         self._model = GgufModel(path, context)
         self.device = torch.device("cpu")
+
+    def parameters(self) -> Iterator[torch.Tensor]:
+        """None: they are llama.cpp's."""
+        return iter(())
 
     def __call__(self, input_ids: torch.Tensor, use_cache: bool = False) -> SimpleNamespace:
         return SimpleNamespace(

@@ -7,7 +7,6 @@ calls them. P may be 0, and positions are counted from the mask, so that prompts
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import inspect
 import json
@@ -226,14 +225,15 @@ class OnnxModel:
     def __init__(self, path: Path) -> None:
         """`path` is the folder or its model.onnx. Errors: UserError for a file that is none or of another make."""
         _require("onnxruntime")
-        runtime: Any = importlib.import_module("onnxruntime")  # untyped, and absent without the extra
+        import onnxruntime
+
         file = path / GRAPH if path.is_dir() else path
         if not file.is_file():
             raise UserError(f"{file} does not exist; give a folder with {GRAPH}, made by an export to ONNX.")
-        options = runtime.SessionOptions()
+        options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # its warnings speak of graph surgery that no user can act on
         try:
-            self._session = runtime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+            self._session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # its exceptions have no common base that it names
             raise UserError(f"{file} does not load ({reason(error)}); export the model again.") from error
         inputs = {one.name: one.shape for one in self._session.get_inputs()}

@@ -12,7 +12,6 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llm_streamline.comparison import CUT
 from llm_streamline.evaluation import Evaluation, Request
 from llm_streamline.files import write_text
 from llm_streamline.recipe import Runtime
@@ -40,7 +39,7 @@ class Standing:
     load: Callable[[], PreTrainedModel]
     during: Callable[[], AbstractContextManager[object]] = field(default=nullcontext)
     path: str | None = None
-    only_asked: bool = False  # neither lets itself be asked to write nor be timed
+    only_asked: bool = False  # and neither let write nor timed
 
     @cached_property
     def model(self) -> PreTrainedModel:
@@ -72,7 +71,7 @@ def evaluate_run(
     request = Request(models=tuple(standings), against=DENSE)
     evaluators = {label: Evaluator(one, label, request, folder, runtime.quiet) for label, one in standings.items()}
     openings = own_openings(blocks, dense.tokenizer, SAMPLES, min(OPENING, blocks.shape[1] // 2))
-    whole = [label for label, one in standings.items() if label != CUT and not one.only_asked]
+    whole = [label for label, one in standings.items() if not one.only_asked]
     found = []
     for label, one in evaluators.items():
         one.check(tasks)

@@ -10,7 +10,7 @@ from typing import Protocol
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_streamline import checkpoint, fingerprints
-from llm_streamline.custom_code import PREFIX
+from llm_streamline.custom_code import has_own_code
 from llm_streamline.errors import UserError
 from llm_streamline.files import sha256
 from llm_streamline.recipe import Recipe, Runtime
@@ -50,7 +50,7 @@ class Subject:
         run = not (Path(name) / "config.json").exists() and (inner / "config.json").exists()
         self.name, self.path = name, str(inner) if run else name
         self._work = Workspace(Recipe(model=self.path), runtime)
-        self._own_code = _own_code(Path(self.path))
+        self._own_code = has_own_code(Path(self.path))
         if self._own_code and not runtime.trust_remote_code:
             raise UserError(f"{name} carries code of its own; read that code, then allow it with --trust-remote-code.")
         self.config = self._config()
@@ -95,13 +95,3 @@ def digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """A hash that two tokenizers share where they cut text alike."""
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
     return sha256(vocabulary.encode(), json.dumps(tokenizer.encode(_PROBE)).encode())
-
-
-def _own_code(folder: Path) -> bool:
-    """Whether a folder is one of ours with a network that stock transformers does not know."""
-    try:
-        return str(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")).startswith(
-            PREFIX
-        )
-    except (OSError, ValueError, AttributeError):
-        return False
