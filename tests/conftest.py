@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may reach a network
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -13,8 +15,9 @@ os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="modules-")
 
 import pytest
 
-from llm_streamline.scoring import speed
-from tests import tiny
+from llm_streamline import oracle
+from llm_streamline.scoring import peak, speed
+from tests import fresh, tiny
 
 SHARED = Path(__file__).parents[2] / "shared"
 
@@ -29,6 +32,15 @@ def no_modules_left() -> Iterator[None]:
 def short_rounds() -> None:
     """What is timed in tests is not read for its speed."""
     speed.SECONDS, speed.FEWEST = 0.1, 2
+
+
+@pytest.fixture(scope="session", autouse=True)
+def forked() -> Iterator[None]:
+    """The product's own processes are forked from one that has imported everything, not begun anew."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (oracle, peak):
+            patch.setattr(module, "subprocess", SimpleNamespace(run=fresh.run, DEVNULL=subprocess.DEVNULL))
+        yield
 
 
 @pytest.fixture(scope="session")

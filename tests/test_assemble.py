@@ -67,6 +67,14 @@ def test_a_fresh_process_finds_the_model_right(published):
     assert {path.name for path in folder.parent.iterdir()} == {"model"}
 
 
+def test_so_does_a_process_that_begins_from_nothing(published, monkeypatch):
+    monkeypatch.setattr(oracle, "subprocess", subprocess)  # as for a user, imports and all
+    parts, folder, _ = published
+    if parts.plan.model_type != "llama":
+        pytest.skip("one is enough")
+    assert oracle.verify(folder).passed
+
+
 def test_the_folder_loads_without_this_package(published):
     parts, folder, _ = published
     script = (

@@ -29,6 +29,7 @@ from llm_streamline.records import Similarity, Window
 from llm_streamline.snapshot import Snapshot
 from llm_streamline.workspace import MADE, RunFolder, Workspace
 from tests import tiny
+from tests.fresh import Fresh
 from tests.test_train import trainer
 
 TRAINING = tiny.random_ids(13, 16)  # the last step of four sequences has one, and the second process has it
@@ -45,26 +46,17 @@ LAUNCHER = (  # which goes through torchrun
 SIMILARITY = ("cosine", "relative_change", "cosine_se", "relative_change_se")
 
 
-def start(arguments: list[str], **environment: str) -> list[subprocess.Popen]:
+def start(arguments: list[str], **environment: str) -> list[Fresh]:
     """Two processes that know of one another."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    return [
-        subprocess.Popen(
-            [sys.executable, "-m", *arguments],
-            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank), **environment},
-            cwd=Path(__file__).parents[1],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+    places = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    return [Fresh(arguments, {**os.environ, **common, **place, **environment}) for place in places]
 
 
-def ended(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
+def ended(processes: list[Fresh]) -> list[tuple[int, str, str]]:
     """Exit code, stdout and stderr of each."""
     found = [process.communicate(timeout=120) for process in processes]
     return [(process.returncode, *texts) for process, texts in zip(processes, found, strict=True)]

@@ -3,8 +3,6 @@ from __future__ import annotations
 import errno
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from llm_streamline.errors import Stopped, UserError
 from llm_streamline.recipe import Runtime
 from llm_streamline.snapshot import Snapshot
 from tests import tiny
+from tests.fresh import Fresh
 from tests.test_train import same, trainer, weights
 
 TRAINING, VALIDATION = tiny.random_ids(30, 16), tiny.random_ids(2, 16, seed=1)
@@ -164,12 +163,11 @@ def test_what_is_no_time_is_refused(given):
         Runtime(checkpoint_every=given)
 
 
-def compress(model: Path, text: Path, out: Path) -> subprocess.Popen:
+def compress(model: Path, text: Path, out: Path) -> Fresh:
     options = ["--data", str(text), "-o", str(out), "--replace", "layer", "--block", "32", "--tasks", "none"]
     options += ["--select", "cosine", "--loss", "nmse", "--validation-tokens", "2k", "--calibration-tokens", "2k"]
     options += ["--tokens", "15k", "--batch", "1", "--checkpoint-every", "0.05s", "--threads", "1"]
-    command = [sys.executable, "-m", "llm_streamline", "compress", str(model), *options]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    return Fresh(["llm_streamline", "compress", str(model), *options])
 
 
 @pytest.fixture(scope="module")
