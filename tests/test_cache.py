@@ -125,7 +125,7 @@ def test_the_whole_run_with_and_without(llama_folder, text_file, tmp_path, capsy
     monkeypatch.setattr(assemble_module, "verify", oracle.check)
     results = []
     for name, size in (("none", None), ("cache", "1GB"), ("small", "1kB")):
-        sizes = {"block": 32, "tokens": "2k", "calibration_tokens": 2000, "validation_tokens": 2000, "batch": 1}
+        sizes = {"block": 32, "tokens": 640, "calibration_tokens": 640, "validation_tokens": 320, "batch": 1}
         recipe = Recipe(model=str(llama_folder), data=text_file, select="cosine", remove=2, epochs=3, **sizes)
         runtime = Runtime(output=tmp_path / name, tasks="none", compute="float32", cache=size)
         results.append(run.compress(recipe, runtime))
@@ -133,7 +133,7 @@ def test_the_whole_run_with_and_without(llama_folder, text_file, tmp_path, capsy
         assert ("states are kept in" in err) == (name == "cache")
         assert ("are more than --cache" in err) == (name == "small")
         assert not (tmp_path / name / "cache").exists()
-    assert results[0].fit.tokens == 3 * (2000 // 32) * 32
+    assert results[0].fit.tokens == 3 * 640
     assert results[0].fit.curve == results[1].fit.curve == results[2].fit.curve
 
 

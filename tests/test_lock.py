@@ -37,7 +37,7 @@ def held(folder):
 @pytest.fixture
 def recipe(llama_folder, text_file):
     def make(**changes) -> Recipe:
-        small = {"tokens": 8000, "calibration_tokens": 2000, "validation_tokens": 2000, "remove": "2"}
+        small = {"tokens": 4000, "calibration_tokens": 1000, "validation_tokens": 1000, "remove": "2"}
         return Recipe(**{"model": str(llama_folder), "data": (str(text_file),), "replace": "none", **small, **changes})
 
     return make

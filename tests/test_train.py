@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from llm_streamline.errors import UserError
+from llm_streamline.history import checked
 from llm_streamline.losses import LOSSES
 from llm_streamline.memory import default_batch
 from llm_streamline.objective import Part
@@ -191,3 +192,15 @@ def test_open_settings_follow_the_text_and_the_width():
     assert default_batch((10**7, 2048), 1, (2, 64), 2**36) == 8
     assert default_batch((4000, 256), 4, (2, 64), 2**36) == 1
     assert default_batch((4000, 256), 1, (2, 4096), 2**33) == 4
+
+
+@pytest.mark.parametrize(("training", "found"), [(13, 16), (390, 32), (1953, 129), (10**6, 129)])
+def test_checks_read_no_more_than_half_of_what_training_does(training, found):
+    assert checked(training, 129) == found and checked(training, 5) == 5
+
+
+def test_only_what_is_asked_for_is_judged():
+    run, seen = trainer(), []
+    run.validate = lambda blocks: seen.append(len(blocks)) or 1.0
+    run.fit(tiny.random_ids(4, 16), tiny.random_ids(40, 16))
+    assert set(seen) == {16}

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 LIBRARIES = 450 * 10**6  # bytes that torch and its like take in a process that has run a model
 CHECKER = 330 * 10**6  # the same in the process that checks a saved folder, which has run no text
 STATES = 2**25  # of float32 copies while states are compared, of which two are alive
-VALIDATIONS = 6
 TURNING = 16  # bytes per value of a matrix while Muon makes its step orthogonal: measured 12 to 16
 LOGIT_COPIES = 8  # of a chunk in float32, while its gradient is taken: measured 7 (bench/logits.py)
 RANKED_COPIES = 5  # in float32, while losses and KL are computed
@@ -186,7 +185,7 @@ def _training(sizes: Sizes, model: int, offloaded: bool) -> list[Stage]:
             on_device=True,
             memory=model + waiting + cast + peak,
             disk=(sizes.copies + sizes.rounds) * sizes.trained * 4 + sizes.cache,
-            tokens=sizes.training + VALIDATIONS * sizes.rounds * sizes.validation,
+            tokens=sizes.training + sizes.rounds * sizes.judged(sizes.training // sizes.rounds),
         )
     ]
 
@@ -204,7 +203,7 @@ def _healing(sizes: Sizes, model: int) -> list[Stage]:
             on_device=True,
             memory=model + weights + states,
             disk=(sizes.copies + 1) * sizes.healed * 4,
-            tokens=sizes.healing + VALIDATIONS * sizes.validation,
+            tokens=sizes.healing + sizes.judged(sizes.healing),
         )
     ]
 

@@ -14,11 +14,20 @@ from torch import Tensor, nn
 from llm_streamline.errors import UserError
 from llm_streamline.records import Check, Point
 
-VALIDATIONS = 5
+VALIDATIONS = 5  # while training, besides the one before it
+FEWEST_CHECKED = 16
 CURVE_POINTS = 100
 
 Track = Callable[[dict[str, float], int], None]
 Keep = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+
+
+def checked(training: int, validation: int) -> int:
+    """How many of the `validation` sequences each check reads: all of them, or what half the training ones come to.
+
+    The checks tell the best step; with few sequences to train on they would take most of the time. No fewer than 16.
+    """
+    return min(validation, max(FEWEST_CHECKED, training // (2 * (VALIDATIONS + 1))))
 
 
 def in_memory(weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from llm_streamline.estimate import VALIDATIONS, Estimate
+from llm_streamline.estimate import Estimate
 from llm_streamline.families import sliced_config
 from llm_streamline.forward import run_window
 from llm_streamline.moments import Moments
@@ -83,7 +83,7 @@ def timed(estimate: Estimate, sizes: Sizes, rates: Rates) -> Estimate:
     A loss of logits takes the teacher through the layers above, too, and the student there and back: twice more.
     """
     through = rates.forward * sizes.layers
-    validated = VALIDATIONS * sizes.rounds * sizes.validation
+    validated = sizes.rounds * sizes.judged(sizes.training // sizes.rounds)
     above = rates.forward * (sizes.above + (sizes.width * sizes.vocabulary / sizes.layer if sizes.logits else 0))
     distilled = sizes.training * rates.training + (2 * sizes.training + validated) * above
     spent = {

@@ -9,6 +9,7 @@ from llm_streamline.checkpoint import context_length
 from llm_streamline.families import inner_width, layers_of
 from llm_streamline.fidelity import rounded
 from llm_streamline.heal import parse_heal
+from llm_streamline.history import VALIDATIONS, checked
 from llm_streamline.memory import FORWARD_TOKENS, alive_layers, default_batch, layers_above
 from llm_streamline.objective import passes_to_solve
 from llm_streamline.optimizers import MUON, optimizer_for
@@ -66,6 +67,11 @@ class Sizes:
     def outside(self) -> int:
         """Parameters that are in no decoder layer."""
         return max(0, self.total - self.layer * self.layers)
+
+    def judged(self, training: int) -> int:
+        """Tokens that the checks of a training on `training` tokens read, the one before it included."""
+        sequences = checked(training // self.block, max(1, self.validation // self.block))
+        return (VALIDATIONS + 1) * sequences * self.block
 
 
 def sizes_of(work: Workspace, offloaded: bool = False) -> Sizes:

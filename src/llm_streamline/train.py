@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from llm_streamline.errors import Dismissed, Stopped, UserError, WorkerLost
 from llm_streamline.families import layers_of
 from llm_streamline.forward import Passage
-from llm_streamline.history import History, Track, in_memory
+from llm_streamline.history import History, Track, checked, in_memory
 from llm_streamline.interruption import stop_between_steps
 from llm_streamline.losses import LOSSES
 from llm_streamline.memory import default_batch
@@ -206,7 +206,8 @@ class Trainer:
         """
         groups = training.split(self.settings.batch * self.settings.accumulate)
         optimizer = self.optimizer()
-        history = History(self.replacement, lambda: self.validate(validation), len(groups), self.track)
+        judged = validation[: checked(len(training), len(validation))]
+        history = History(self.replacement, lambda: self.validate(judged), len(groups), self.track)
         history.keep = self.snapshot.keep_best if self.snapshot is not None else in_memory
         if self.snapshot is not None and self.snapshot.restore(self.replacement, optimizer, history):
             say(f"resumed at step {history.step} of {history.steps}", self.quiet)
