@@ -16,7 +16,7 @@ os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="modules-")
 import pytest
 
 from llm_streamline import oracle
-from llm_streamline.scoring import peak, speed
+from llm_streamline.scoring import continuations, evaluator, peak, speed
 from tests import fresh, tiny
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -30,8 +30,9 @@ def no_modules_left() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def short_rounds() -> None:
-    """What is timed in tests is not read for its speed."""
+    """What is timed in tests is not read for its speed, and what is asked or written not for its quality."""
     speed.SECONDS, speed.FEWEST = 0.1, 2
+    continuations.QUESTIONS, evaluator.NEW = 20, 16
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -102,7 +102,7 @@ def test_the_estimate_counts_the_rounds(recipe, tmp_path):
         return sizes, next(each for each in predict(sizes, False, False) if each.name == "training")
 
     (sizes, one), (_, two) = stage(1), stage(2)
-    assert two.tokens - one.tokens == 6 * 16 * sizes.block, "six checks of as few sequences as there can be"
+    assert two.tokens - one.tokens == 6 * 7 * sizes.block, "six checks of the 7 sequences in 1,000 tokens"
     assert two.disk > one.disk
 
 
