@@ -128,7 +128,8 @@ def test_every_field_is_a_flag_and_the_named_ones_exist():
 
 
 def test_a_flag_that_has_another_name_in_python_reaches_its_recipe(cli):
-    arguments = ("compress", "bundled", "--data", "bundled", "--remove", "2", "--for", "gguf")
+    arguments = ("compress", "bundled", "--data", "bundled", "--remove", "2", "--for", "gguf", "--select", "cosine")
+    arguments += ("--calibration-tokens", "4k")
     for more in (["--dry-run", "--json"], ["--family-from", "model.layers", "-o", "x"]):
         code, out, err = cli(*arguments, *more)
         assert (code, bool(out)) == ((0, True) if "--dry-run" in more else (2, False))
