@@ -10,10 +10,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from llm_streamline import assemble as assemble_module
-from llm_streamline import int8, oracle, run
+from llm_streamline import lighter as lighter_module
+from llm_streamline import oracle, run
 from llm_streamline.chain import PLACES
 from llm_streamline.errors import UserError, VerificationError
 from llm_streamline.evaluation import CHAIN, Chain
+from llm_streamline.lighter import by_torchao, write_lighter
 from llm_streamline.oracle import LOSSY, MANIFEST
 from llm_streamline.records import Manifest
 from tests.test_run import quiet, recipe
@@ -25,7 +27,7 @@ pytest.importorskip("torchao", reason="int8 is an optional extra: pip install 'l
 @pytest.fixture(autouse=True)
 def in_this_process(monkeypatch):
     monkeypatch.setattr(assemble_module, "verify", oracle.check)
-    monkeypatch.setattr(int8, "verify", oracle.check)
+    monkeypatch.setattr(lighter_module, "verify", oracle.check)
 
 
 @pytest.fixture
@@ -56,12 +58,12 @@ def test_a_run_goes_on_to_int8_and_tells_all_three(recipe, shorter, tmp_path):
     again = run.compress(recipe(replace="none"), quiet(shorter, tasks=tasks))  # which has not forgotten it
     assert again.chain == kept and (shorter / "report.html").read_text() == page
     manifest = Manifest.read(shorter / "model-int8" / MANIFEST)
-    assert manifest.quantised == "int8" and manifest.verification.tolerance == LOSSY
-    assert 1e-5 < manifest.verification.logits_error < LOSSY
+    assert manifest.quantised == "int8" and manifest.verification.tolerance == LOSSY["int8"]
+    assert 1e-5 < manifest.verification.logits_error < LOSSY["int8"]
 
 
 def test_the_int8_folder_is_ordinary_and_its_linear_weights_are_int8(shorter, tmp_path):
-    int8.write_int8(shorter / "model", tmp_path / "lighter")
+    write_lighter("int8", by_torchao, shorter / "model", tmp_path / "lighter")
     weights = load_file(tmp_path / "lighter" / "model.safetensors")
     kinds = {name: str(one.dtype) for name, one in weights.items() if "q_proj" in name}
     assert set(kinds.values()) == {"torch.int8", "torch.float32"}
@@ -72,7 +74,7 @@ def test_the_int8_folder_is_ordinary_and_its_linear_weights_are_int8(shorter, tm
 
 
 def test_a_damaged_int8_folder_fails_its_check(shorter, tmp_path):
-    int8.write_int8(shorter / "model", tmp_path / "lighter")
+    write_lighter("int8", by_torchao, shorter / "model", tmp_path / "lighter")
     file = tmp_path / "lighter" / "model.safetensors"
     weights = load_file(file)
     name = next(name for name, one in weights.items() if str(one.dtype) == "torch.int8")
@@ -90,15 +92,13 @@ def test_what_is_quantised_wrongly_is_not_published(shorter, tmp_path, monkeypat
     shutil.copytree(shorter / "model", other)
     weights = load_file(other / "model.safetensors")
     save_file({name: one * 1.5 for name, one in weights.items()}, other / "model.safetensors", {"format": "pt"})
-    quantise = int8._quantise
-    monkeypatch.setattr(int8, "_quantise", lambda source, folder: quantise(other, folder))
     with pytest.raises(VerificationError, match=r"the int8 model is not published: logits differ"):
-        int8.write_int8(shorter / "model", tmp_path / "lighter")
+        write_lighter("int8", lambda _, folder: by_torchao(other, folder), shorter / "model", tmp_path / "lighter")
     assert not (tmp_path / "lighter").exists()
 
 
 def test_what_is_not_there_is_refused_first(recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(int8, "find_spec", lambda name: None)
+    monkeypatch.setattr(lighter_module, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"torchao's, which is not installed: pip install 'llm-streamline\[int8\]'"):
         run.compress(recipe(), quiet(tmp_path / "run", then="int8"))
     with pytest.raises(UserError, match=r"llama.cpp is not installed|has no convert_hf"):

@@ -114,7 +114,7 @@ def test_every_module_has_its_tests():
         "commands": "cli",
         "architectures": "families",
         "conflicts": "recipe",
-        "int8": "chain",
+        "lighter": "chain",
     }
     elsewhere |= {
         "presets": "recipe",

@@ -14,7 +14,15 @@ from llm_streamline.errors import UserError
 from llm_streamline.evaluation import Evaluation, Lighter, Link
 from llm_streamline.export import export
 from llm_streamline.files import remove, sha256
-from llm_streamline.int8 import INT8, check_int8, write_int8
+from llm_streamline.lighter import (
+    INT8,
+    W4A16,
+    by_llm_compressor,
+    by_torchao,
+    check_library,
+    group_size,
+    write_lighter,
+)
 from llm_streamline.oracle import MANIFEST
 from llm_streamline.progress import say
 from llm_streamline.records import Loss, Manifest, Scores
@@ -28,7 +36,8 @@ from llm_streamline.scoring.perplexity import next_token_loss
 from llm_streamline.workspace import RunFolder, Workspace
 
 INT4, INT4_TYPE = "int4", "q4_k_m"
-PLACES = {INT8: "model-int8", INT4: f"model-{INT4_TYPE}.gguf"}
+FOLDERS = {kind: f"model-{kind}" for kind in (INT8, W4A16)}
+PLACES = {**FOLDERS, INT4: f"model-{INT4_TYPE}.gguf"}
 
 
 def check_then(work: Workspace) -> None:
@@ -36,8 +45,10 @@ def check_then(work: Workspace) -> None:
     then = work.runtime.then
     if then and work.recipe.network:
         raise UserError(f"--then {then} is for models that load without code of their own; use a stock --replace.")
-    if then == INT8:
-        check_int8()
+    if then in FOLDERS:
+        check_library(then)
+    if then == W4A16:
+        group_size(work.skeleton)
     if then == INT4:
         require("llama.cpp")
         gguf.find_converter()
@@ -53,22 +64,24 @@ def make_lighter(work: Workspace, folder: RunFolder) -> list[Lighter]:
     Errors: VerificationError, with nothing written, for one that does not compute what it should.
     """
     found = []
-    for kind, make in ((INT8, _int8), (INT4, _int4)):
+    for kind in PLACES:
+        make = _int4 if kind == INT4 else partial(_folder, kind)
         if kind == work.runtime.then or (folder.has(f"{kind}.json") and folder.has(PLACES[kind])):
             found.append(folder.stage(f"{kind}.json", Lighter, partial(make, work, folder)))
     return found
 
 
-def _int8(work: Workspace, folder: RunFolder) -> Lighter:
-    target = folder.path / PLACES[INT8]
+def _folder(kind: str, work: Workspace, folder: RunFolder) -> Lighter:
+    target = folder.path / PLACES[kind]
     if not target.exists():
-        say("writing the int8 model and verifying it in a fresh process", work.runtime.quiet)
-        write_int8(folder.path / "model", target, work.ram - memory.held())
+        say(f"writing the {kind} model and verifying it in a fresh process", work.runtime.quiet)
+        quantise = by_torchao if kind == INT8 else by_llm_compressor(work.parts.calibration, work.runtime.quiet)
+        write_lighter(kind, quantise, folder.path / "model", target, work.ram - memory.held())
     manifest = Manifest.read(target / MANIFEST)
     assert manifest.verification is not None
     claim = f"verified: logits within {manifest.verification.logits_error:.1e}, cached = uncached generation"
-    loss = _loss(work, INT8, work.load_saved(target, False))
-    return Lighter(kind=INT8, path=PLACES[INT8], bytes=weight_bytes(target), loss=loss, claim=claim)
+    loss = _loss(work, kind, work.load_saved(target, False))
+    return Lighter(kind=kind, path=PLACES[kind], bytes=weight_bytes(target), loss=loss, claim=claim)
 
 
 def _int4(work: Workspace, folder: RunFolder) -> Lighter:

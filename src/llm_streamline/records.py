@@ -292,7 +292,7 @@ class Manifest(Record):
     origin: dict[str, Any] = {}  # what the model card says of the source: Hub name, licence, language
     verification: Verification | None = None
     scores: Scores | None = None
-    quantised: str | None = None  # int8 where the weights are not those of the model that the manifest was made with
+    quantised: str | None = None  # int8 and the like: the weights are not those that the manifest was made with
 
 
 class Inputs(Record):

@@ -31,10 +31,11 @@ class Runtime(Schema):
         description="What to ask the dense, the cut and the saved model in the end, as evaluate takes it, besides "
         "questions of the run's own text; or none, to evaluate nothing. Repeat it for several. [default: quick]",
     )
-    then: Literal["int8", "int4"] | None = Field(
+    then: Literal["int8", "int4", "w4a16"] | None = Field(
         None,
         description="Also write the shortened model with fewer bits per weight, and ask it what the others are: int8, "
-        "a folder for transformers with torchao, OUT/model-int8; int4, a file for llama.cpp, OUT/model-q4_k_m.gguf.",
+        "a folder for transformers with torchao, OUT/model-int8; int4, a file for llama.cpp, OUT/model-q4_k_m.gguf; "
+        "w4a16, 4 bits too, a folder for vLLM by llm-compressor, OUT/model-w4a16.",
     )
     beside: Annotated[tuple[str, ...], BeforeValidator(as_several)] = Field(
         (),

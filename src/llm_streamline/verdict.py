@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from llm_streamline.records import Fit, LayerPlan, LinearFit, Loss, Manifest, Scores, Window, runs_of
 
+LOADERS = {"int8": "torchao", "w4a16": "compressed-tensors"}
 FEW_SEQUENCES = 8  # held-out sequences below which a loss is a rough figure
 # excess in nats -> word and sentence; 0.02 nats are 2 % of perplexity, 0.1 are 11 %, 0.3 are 35 %, 1 is 172 %
 GRADES = (
@@ -200,7 +201,7 @@ def on_loading(manifest: Manifest) -> list[str]:
     if manifest.quantised:
         found.append(
             f"The weights of its linear layers are {manifest.quantised}, and the losses told here are of the model "
-            "before that; it loads where torchao is installed."
+            f"before that; it loads where {LOADERS[manifest.quantised]} is installed."
         )
     if path := manifest.recipe.get("family_from"):
         found.append(

@@ -38,7 +38,7 @@ RECIPE = "recipe.yaml"
 MADE = {  # what a run makes in its folder: all that --fresh may delete
     *("inputs.json", "similarity.json", "similarity.png", "heat-map.png", "ranking.json", "plan.json"),
     *("checkpoint.safetensors", "checkpoint-best.safetensors", "cache", "rounds"),
-    *("healed", "healing.safetensors", "healing-best.safetensors"),
+    *("healed", "healing.safetensors", "healing-best.safetensors", "w4a16.json", "model-w4a16"),
     *("tracking", "replacement", "model", "scores.json", "own-text.jsonl", "items", "scores", "evaluation.json"),
     *("report.html", "int8.json", "model-int8", "int4.json", "model-q4_k_m.gguf", "chain.json", RECIPE),
 }
