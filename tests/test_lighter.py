@@ -45,6 +45,8 @@ def test_rows_that_are_no_whole_groups_are_refused_first(recipe, tmp_path, monke
     narrow = tiny.make_model("llama")
     narrow.model.layers[0].mlp.up_proj = nn.Linear(24, 3)
     monkeypatch.setattr(Workspace, "skeleton", narrow)
+    with pytest.raises(UserError, match=r"torch's linear layers, .* none; use --then int4"):
+        group_size(tiny.make_model("gpt2").transformer.h)
     with pytest.raises(UserError, match=r"every 32 weights of a row or more, .* 24, 32.*--then int8"):
         run.compress(recipe(), quiet(tmp_path / "run", then="w4a16"))
     assert not (tmp_path / "run").exists()

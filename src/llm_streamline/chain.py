@@ -13,6 +13,7 @@ from llm_streamline.comparison import mean_accuracy, mean_stability, saved_of
 from llm_streamline.errors import UserError
 from llm_streamline.evaluation import Evaluation, Lighter, Link
 from llm_streamline.export import export
+from llm_streamline.families import layers_of
 from llm_streamline.files import remove, sha256
 from llm_streamline.lighter import (
     INT8,
@@ -48,7 +49,7 @@ def check_then(work: Workspace) -> None:
     if then in FOLDERS:
         check_library(then)
     if then == W4A16:
-        group_size(work.skeleton)
+        group_size(layers_of(work.skeleton))
     if then == INT4:
         require("llama.cpp")
         gguf.find_converter()

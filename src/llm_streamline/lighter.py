@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from llm_streamline.card import write_card
 from llm_streamline.errors import UserError, VerificationError
+from llm_streamline.families import layers_of
 from llm_streamline.files import atomic
 from llm_streamline.oracle import MANIFEST, stored_tensors, verify, weight_hashes
 from llm_streamline.records import Manifest, Verification
@@ -36,12 +37,14 @@ def check_library(kind: str) -> None:
         )
 
 
-def group_size(model: nn.Module) -> int:
+def group_size(layers: nn.Module) -> int:
     """How many weights of a row share a scale in 4 bits: as many as every row of the linear layers has whole groups of.
 
-    Errors: UserError where there is no such size that vLLM knows.
+    Errors: UserError where there is no such size that vLLM knows, or no linear layer.
     """
-    widths = {part.in_features for name, part in model.named_modules() if isinstance(part, nn.Linear)}
+    widths = {part.in_features for part in layers.modules() if isinstance(part, nn.Linear)}
+    if not widths:
+        raise UserError("--then w4a16 rounds torch's linear layers, of which this model has none; use --then int4.")
     for size in GROUPS:
         if not any(width % size for width in widths):
             return size
@@ -106,7 +109,7 @@ def by_llm_compressor(blocks: Tensor, quiet: bool) -> Quantise:
         ids = blocks[:CALIBRATION]
         text = Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()})
         model = AutoModelForCausalLM.from_pretrained(source)
-        rounded = {"num_bits": 4, "strategy": "group", "group_size": group_size(model)}
+        rounded = {"num_bits": 4, "strategy": "group", "group_size": group_size(layers_of(model))}
         with contextlib.redirect_stderr(io.StringIO()) if quiet else contextlib.nullcontext():
             way = {"linear": {"targets": ["Linear"], "weights": rounded}}
             recipe = GPTQModifier(config_groups=way, ignore=["lm_head"])
