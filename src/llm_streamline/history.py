@@ -25,7 +25,8 @@ Keep = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 def checked(training: int, validation: int) -> int:
     """How many of the `validation` sequences each check reads: all of them, or what half the training ones come to.
 
-    The checks tell the best step; with few sequences to train on they would take most of the time. No fewer than 16.
+    The half is of all six together, and no check reads fewer than 16: with few sequences to train on, reading all of
+    them at every check would take most of the time.
     """
     return min(validation, max(FEWEST_CHECKED, training // (2 * (VALIDATIONS + 1))))
 

@@ -40,7 +40,7 @@ def check_library(kind: str) -> None:
 def group_size(layers: nn.Module) -> int:
     """How many weights of a row share a scale in 4 bits: as many as every row of the linear layers has whole groups of.
 
-    Errors: UserError where there is no such size that vLLM knows, or no linear layer.
+    Errors: UserError where there is no such size among GROUPS, or no linear layer.
     """
     widths = {part.in_features for part in layers.modules() if isinstance(part, nn.Linear)}
     if not widths:
