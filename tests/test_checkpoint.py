@@ -195,6 +195,15 @@ def old_buffers(stored):
     stored["lm_head.bias"] = torch.ones(tiny.VOCABULARY)
 
 
+def further_tokens(folder):
+    """As models do that predict several tokens at once: transformers knows the names and passes over them."""
+    tensors(lambda stored: stored.update({"mtp.fc.weight": torch.ones(32, 64), "mtp.norm.weight": torch.ones(32)}))(
+        folder
+    )
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
+
+
 def stale_index(folder):
     """Of other weights, beside the single file that every tool reads."""
     whole = (folder / WEIGHTS).read_bytes()
@@ -290,6 +299,14 @@ def test_what_is_left_out_is_said(compress, folder_of, tmp_path, capsys):
     said = capsys.readouterr().err
     assert "13 stored tensors have no place in the model and are left out, such as lm_head.bias\n" in said
     assert saved(tmp_path / "out" / "model").keys() == expected("llama", torch.float32).keys()
+
+
+def test_layers_that_predict_further_tokens_are_left_out_and_that_is_said(compress, folder_of, tmp_path, capsys):
+    compress(folder_of(further_tokens, "qwen3_next"))
+    said = capsys.readouterr().err
+    assert "2 stored tensors predict tokens after the next one and are left out, such as mtp.fc.weight\n" in said
+    assert "have no place" not in said
+    assert json.loads((tmp_path / "out" / "model" / "config.json").read_text())["num_nextn_predict_layers"] == 0
 
 
 @pytest.mark.parametrize("little", [False, True], ids=["held", "disk"])

@@ -144,3 +144,26 @@ def test_whole_periods_go_from_each_place():
 def test_parts_of_periods_are_refused(recipe, words):
     with pytest.raises(UserError, match=words):
         check_request(PERIODIC, Recipe(model="m", **recipe))
+
+
+HYBRID = SHAPE.model_copy(update={"sorts": [[3, 5], [0, 1, 2, 4, 6, 7]]})
+
+
+def test_of_a_hybrids_layers_one_of_each_sort_stays():
+    best = similarity({3: 3, 4: 3})  # a window that takes both layers that attend, the first of them for its stand-in
+    assert choose(best, HYBRID, Recipe(model="m", remove="2")).window == Window(start=3, stop=6)
+    without = choose(best, HYBRID, Recipe(model="m", remove="3", replace="none"))
+    assert without.window != Window(start=3, stop=6) == choose(best, SHAPE, Recipe(model="m", window="3:6")).window
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        ({"window": "3:6", "replace": "none"}, "with --window 3:6 none of layers 3, 5 stays, and a hybrid needs"),
+        ({"window": "2:6"}, "none of layers 3, 5 stays"),
+        ({"remove": "6", "replace": "none", "protect_first": 0}, "with a window such as 0:6 none of layers 3, 5 stays"),
+    ],
+)
+def test_what_takes_all_of_a_sort_is_refused(recipe, words):
+    with pytest.raises(UserError, match=words):
+        check_request(HYBRID, Recipe(model="m", **recipe))

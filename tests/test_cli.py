@@ -194,8 +194,8 @@ def encoder_decoder(folder):
     (folder / "config.json").write_text(json.dumps({"model_type": "t5", "is_encoder_decoder": True}))
 
 
-def hybrid(folder):
-    (folder / "config.json").write_text(json.dumps({"model_type": "bamba", "architectures": ["BambaForCausalLM"]}))
+def sharing_weights(folder):
+    (folder / "config.json").write_text(json.dumps({"model_type": "zamba", "architectures": ["ZambaForCausalLM"]}))
 
 
 def config_of(**keys):
@@ -270,7 +270,7 @@ def not_finite(folder):
         (not_a_model, "holds no config.json"),
         (encoder, "holds BertForMaskedLM, which is no causal LM"),
         (encoder_decoder, "is an encoder-decoder"),
-        (hybrid, "'bamba' is a state-space or hybrid model, and not proven"),
+        (sharing_weights, "'zamba' is one whose layers share weights, and not proven"),
         (config_of(model_type="bert", architectures=["BertLMHeadModel"]), "'bert' is an encoder, and not proven"),
         (config_of(model_type="minimax"), "'minimax' is computed with the number of each layer"),
         (config_of(model_type="gpt2", scale_attn_by_inverse_layer_idx=True), "scaled by the layer's number"),

@@ -36,7 +36,7 @@ CONDUCTORS = {
 }
 FAMILY_NAMES = re.compile(
     r"\b(llama|opt|mistral|mixtral|qwen\w*|gemma\w*|phi3?|gpt2|gpt_neox?|bloom|falcon|olmo\w*|granite|starcoder\w*|smollm\w*|"
-    r"cohere\w*|deepseek\w*|glm\w*|exaone\w*|baichuan|mamba|jamba)\b",
+    r"cohere\w*|deepseek\w*|glm\w*|exaone\w*|baichuan|\w*mamba2?|jamba|lfm\w*|kimi_linear|\w+_hybrid)\b",
     re.IGNORECASE,
 )
 PROGRAM = re.compile(r"llama[._-]cpp(\.Llama)?")  # bears the name of a family
@@ -113,6 +113,8 @@ def test_every_module_has_its_tests():
         "precision": "optimizers",
         "commands": "cli",
         "architectures": "families",
+        "family": "families",
+        "staying": "choose",
         "conflicts": "recipe",
         "lighter": "chain",
     }

@@ -252,7 +252,7 @@ def test_noise_that_no_map_explains_leaves_the_identity():
 
 @pytest.mark.parametrize("name", UNFOLDABLE)
 def test_where_no_projection_decides_what_the_mlp_adds_is_refused(name):
-    why = "two modules add to the stream at once" if "granite" in name else "a norm follows the MLP's output"
+    why = FAMILIES[tiny.CONFIGS[name].model_type].unfoldable
     with pytest.raises(UserError, match=rf"{why}; use --replace layer"):
         check_foldable(tiny.CONFIGS[name], [1])
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from llm_streamline import assemble, oracle
 from llm_streamline.errors import UserError
-from llm_streamline.families import layers_of
+from llm_streamline.families import family_of, layers_of
 from llm_streamline.networks import FeedForward, GatedFeedForward, NetworkLayer
 from llm_streamline.preview import plan_only
 from llm_streamline.recipe import Recipe, Runtime
@@ -100,8 +100,14 @@ def test_what_has_nothing_to_inherit_is_refused(replace, name):
         network(replace, name, "inherited")
 
 
-INHERITED = [(name, "inherited") for name in tiny.NAMES if "post-norm" not in name]
+WITH_MLP = [name for name in tiny.NAMES if family_of(tiny.CONFIGS[name]).mlp and "post-norm" not in name]
+INHERITED = [(name, "inherited") for name in WITH_MLP]
 RANDOM = [(name, "random") for name in tiny.one_of_each_type() if "post-norm" not in name]
+
+
+def test_an_mlp_of_layers_without_one_is_refused():
+    with pytest.raises(UserError, match=r"--replace mlp needs layers with an MLP .* this 'mamba'; use --replace layer"):
+        build_replacement(tiny.make_model("mamba"), [2], "inherited", 0, "mlp")
 
 
 @pytest.mark.parametrize(("name", "init"), INHERITED + RANDOM)

@@ -59,7 +59,7 @@ def test_training_lowers_the_loss_and_touches_only_the_replacement(name, occupie
     found = trainer(name, occupied, init="random", lr=3e-3)
     before = {key: value.clone() for key, value in found.model.state_dict().items()}
     fit = found.fit(tiny.random_ids(40, 32), tiny.random_ids(4, 32, seed=1))
-    assert fit.validation_best < 0.9 * fit.validation_before
+    assert fit.validation_best < 0.95 * fit.validation_before
     assert found.validate(tiny.random_ids(4, 32, seed=1)) == pytest.approx(fit.validation_best, rel=1e-5)
     assert same(before, found.model.state_dict())
     assert all(parameter.grad is None for parameter in found.model.parameters())

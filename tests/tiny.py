@@ -79,6 +79,14 @@ _ROUTED = {
 _SOME_DENSE = ["dense", "sparse", "sparse", "dense", "dense", "sparse"]
 _YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": CONTEXT // 2}
 _PLAIN_ROPE = {"rope_type": "default", "rope_theta": 1e4}
+_HYBRID = ["linear_attention", "linear_attention", "full_attention", "linear_attention", *["full_attention"] * 2]
+_CONVOLVED = [kind.replace("linear_attention", "conv") for kind in _HYBRID]
+_DELTA_RULE = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8} | {
+    "linear_value_head_dim": 8,
+    "layer_types": _HYBRID,
+}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+_STATE_SPACE = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 8}
 _NEW_FALCON = {"new_decoder_architecture": True, "num_kv_heads": 2}
 
 # name -> configuration; several per family where an option changes how its layers are put together
@@ -346,6 +354,68 @@ _MORE: dict[str, PretrainedConfig] = {
         layer_types=_ALTERNATING,
         sliding_window=_WINDOW,
     ),
+    "qwen3_next": _like_llama(
+        "qwen3_next",
+        head_dim=8,
+        shared_expert_intermediate_size=24,
+        mlp_only_layers=[0, 3],
+        **_EXPERTS,
+        **_DELTA_RULE,
+    ),
+    "qwen3_5_text": _like_llama("qwen3_5_text", head_dim=8, **_DELTA_RULE),
+    "qwen3_5_moe_text": _like_llama(
+        "qwen3_5_moe_text", head_dim=8, shared_expert_intermediate_size=24, **_EXPERTS, **_DELTA_RULE
+    ),
+    "kimi_linear": _like_llama(
+        "kimi_linear",
+        num_key_value_heads=4,
+        linear_num_heads=4,
+        linear_head_dim=8,
+        layer_types=_HYBRID,
+        mlp_layer_types=_SOME_DENSE,
+        **_LATENT | {"q_lora_rank": None},
+        **_EXPERTS,
+    ),
+    "bailing_hybrid": _like_llama(
+        "bailing_hybrid",
+        num_key_value_heads=4,
+        head_dim=8,
+        n_group=1,
+        topk_group=1,
+        layer_types=_HYBRID,
+        mlp_layer_types=_SOME_DENSE,
+        **_LATENT,
+        **_EXPERTS,
+    ),
+    "olmo_hybrid": _like_llama("olmo_hybrid", **_DELTA_RULE),
+    "lfm2": _like_llama("lfm2", block_auto_adjust_ff_dim=False, layer_types=_CONVOLVED),
+    "lfm2_moe": _like_llama("lfm2_moe", num_dense_layers=2, layer_types=_CONVOLVED, **_EXPERTS),
+    "lfm3": _like_llama("lfm3", layer_types=_CONVOLVED),
+    "granitemoehybrid": _like_llama(
+        "granitemoehybrid", shared_intermediate_size=24, num_local_experts=4, layer_types=_HYBRID, **_STATE_SPACE
+    ),
+    "bamba": _like_llama("bamba", attn_layer_indices=[2, 4, 5], **_STATE_SPACE),
+    "falcon_h1": _like_llama("falcon_h1", head_dim=8, mamba_d_ssm=64, **_STATE_SPACE),
+    "recurrent_gemma": _like_llama(
+        "recurrent_gemma",
+        head_dim=8,
+        lru_width=32,
+        attention_window_size=_WINDOW,
+        block_types=["recurrent", "recurrent", "attention"],
+    ),
+    "nemotron_h": _like_llama(
+        "nemotron_h",
+        layers_block_type=["linear_attention", "mlp", "full_attention", "linear_attention", "mlp", "full_attention"],
+        head_dim=8,
+        mamba_num_heads=4,
+        mamba_head_dim=16,
+        ssm_state_size=8,
+        n_groups=1,
+        chunk_size=8,
+    ),
+    "mamba": _config("mamba", state_size=8, time_step_rank=4),
+    "mamba2": _config("mamba2", state_size=8, num_heads=4, head_dim=16, n_groups=1, chunk_size=8),
+    "falcon_mamba": _config("falcon_mamba", state_size=8, time_step_rank=4),
     "aria_text": _like_llama("aria_text", moe_num_experts=4, moe_topk=2, moe_num_shared_experts=1),
 }
 VARIED, _MORE = ({name: config for name, config in some.items() if config} for some in (VARIED, _MORE))

@@ -6,41 +6,9 @@ Adding a family is one row here and one tiny configuration in `tests/tiny.py`; t
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
-Changes = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Family:
-    """One architecture whose checklist passes."""
-
-    model_type: str
-    layers: str  # path of the list of decoder layers inside the causal LM
-    attention_output: str  # within a layer: the projection whose zero weight and bias silence attention
-    mlp: tuple[str, ...]  # within a layer: what can still act then; names that an option leaves out are ignored
-    # within a layer: the MLP's last projections, a ':2' after one whose third axis counts the outputs; none where a map
-    # cannot be folded into them, for `unfoldable` or because a norm follows
-    down: tuple[str, ...] = ("mlp.down_proj",)
-    added: str = "mlp"  # within a layer: the module whose output is what the MLP adds to the stream
-    refused: tuple[tuple[str, str], ...] = ()  # options that must be off, and why
-    changes: Callable[[Any, Changes], Changes] | None = None  # from a config and the sliced keys to more of them
-    norm: str = "norm"  # beside the layers: what follows the last of them
-    unfoldable: str = "a norm follows the MLP's output"  # why, where `down` is empty
-    tried: bool = False  # whether nobody has proven it, and only the check of what is saved stands for it
-
-
-def _attention_types(config: Any, sliced: Changes) -> Changes:
-    """The compact spelling, from which the list per layer is made anew whenever a config is loaded."""
-    return {"attention_types": [[[kind], 1] for kind in sliced["attention_layers"]]}
-
-
-def _scale_for_depth(config: Any, sliced: Changes) -> Changes:
-    """What layers add is scaled by scale_depth over the root of their number: by the same for fewer of them."""
-    return {"scale_depth": config.scale_depth * (sliced["num_hidden_layers"] / config.num_hidden_layers) ** 0.5}
-
+from llm_streamline.family import Family, one_kind_per_layer, same_scale, spelled_out
 
 _LAYER_NORMS = ("input_layernorm", "mlp")
 _PLAIN = ("model.layers", "self_attn.o_proj", ("post_attention_layernorm", "mlp"))
@@ -51,6 +19,12 @@ _SOME_SPARSE = ("mlp.down_proj", *_EXPERTS)
 _SHARED_EXPERTS = (*_SOME_SPARSE, "mlp.shared_experts.down_proj")
 _GRANITE = ("model.layers", "self_attn.o_proj", ("post_attention_layernorm", "block_sparse_moe"))
 _GRANITE_SHARED = (*_GRANITE[:2], ("post_attention_layernorm", "block_sparse_moe", "shared_mlp"))
+_DELTA = ("model.layers", ("self_attn.o_proj", "linear_attn.out_proj"), _PLAIN[2])  # some layers of gated delta rules
+_SHARED_EXPERT = (*_SOME_SPARSE, "mlp.shared_expert.down_proj")
+_CONVOLVED = ("model.layers", ("self_attn.out_proj", "conv.out_proj"))
+_MAMBA = ("self_attn.o_proj", "mamba.out_proj")
+_BESIDE_MAMBA = ("model.layers", _MAMBA, ("pre_ff_layernorm", "feed_forward"), ("feed_forward.down_proj",))
+_NO_MLP = "no layer has an MLP beside what mixes tokens"
 _IN_TWO = "two modules add to the stream at once"
 _LLAMA4_DOWN = ("feed_forward.down_proj", "feed_forward.experts.down_proj:2", "feed_forward.shared_expert.down_proj")
 _BOTH_WAYS = (("use_bidirectional_attention", "its tokens see later ones"),)
@@ -104,7 +78,7 @@ FAMILIES = {
             "attn.attention.out_proj",
             ("ln_2", "mlp"),
             ("mlp.c_proj",),
-            changes=_attention_types,
+            changes=one_kind_per_layer,
             norm="ln_f",
         ),
         Family(
@@ -175,7 +149,7 @@ FAMILIES = {
         Family("iquestcoder", *_PLAIN),
         Family("ministral", *_PLAIN),
         Family("ministral3", *_PLAIN),
-        Family("minicpm3", *_PLAIN, changes=_scale_for_depth),
+        Family("minicpm3", *_PLAIN, changes=same_scale),
         Family("nanochat", *_PLAIN, down=("mlp.fc2",)),
         Family("nemotron", *_PLAIN),
         Family("olmo", *_PLAIN),
@@ -236,6 +210,59 @@ FAMILIES = {
         Family("afmoe", "model.layers", "self_attn.o_proj", ("pre_mlp_layernorm", "mlp", "post_mlp_layernorm"), ()),
         Family("hy_v3", *_PLAIN, down=_SHARED_EXPERTS),
         Family("flint", *_PLAIN, down=(*_SOME_SPARSE, "mlp.shared_expert.down_proj")),
+        Family("qwen3_next", *_DELTA, down=_SHARED_EXPERT),
+        Family("qwen3_5_text", *_DELTA),
+        Family("qwen3_5_moe_text", *_DELTA, down=_SHARED_EXPERT),
+        Family(
+            "olmo_hybrid",
+            "model.layers",
+            ("self_attn.o_proj", "linear_attn.o_proj"),
+            ("post_attention_layernorm", "mlp", "post_feedforward_layernorm"),
+            down=(),
+        ),
+        Family("kimi_linear", "model.layers", ("self_attn.o_proj",), _PLAIN[2], _SHARED_EXPERTS),
+        Family("bailing_hybrid", "model.layers", ("self_attn.o_proj",), _PLAIN[2], _SHARED_EXPERTS),
+        Family(
+            "lfm2",
+            *_CONVOLVED,
+            ("ffn_norm", "feed_forward"),
+            ("feed_forward.w2",),
+            "feed_forward",
+            norm="embedding_norm",
+        ),
+        Family(
+            "lfm2_moe",
+            *_CONVOLVED,
+            ("ffn_norm", "feed_forward"),
+            ("feed_forward.w2", "feed_forward.experts.down_proj"),
+            "feed_forward",
+            norm="embedding_norm",
+        ),
+        Family(
+            "lfm3",
+            "model.layers",
+            ("self_attn.o_proj", "conv.out_proj"),
+            ("ffn_norm", "feed_forward", "post_ffn_norm"),
+            down=(),
+            norm="embedding_norm",
+        ),
+        Family("granitemoehybrid", "model.layers", _MAMBA, _GRANITE_SHARED[2], (), unfoldable=_IN_TWO),
+        Family("bamba", *_BESIDE_MAMBA, "feed_forward", norm="final_layernorm"),
+        Family("falcon_h1", *_BESIDE_MAMBA, "feed_forward", norm="final_layernorm"),
+        Family(
+            "recurrent_gemma",
+            "model.layers",
+            ("temporal_block.o_proj", "temporal_block.linear_out"),
+            ("channel_pre_norm", "mlp_block"),
+            ("mlp_block.down_proj",),
+            "mlp_block",
+            changes=spelled_out,
+            norm="final_norm",
+        ),
+        Family("nemotron_h", "model.layers", (), (), (), unfoldable=_NO_MLP, norm="norm_f"),
+        Family("mamba", "backbone.layers", (), (), (), unfoldable=_NO_MLP, norm="norm_f"),
+        Family("mamba2", "backbone.layers", (), (), (), unfoldable=_NO_MLP, norm="norm_f"),
+        Family("falcon_mamba", "backbone.layers", (), (), (), unfoldable=_NO_MLP, norm="norm_f"),
         Family("aria_text", *_PLAIN, down=("mlp.experts.down_proj:2", "mlp.shared_experts.down_proj")),
     )
 }
@@ -246,9 +273,9 @@ _UNFIT = {
     "mvp pegasus plbart prophetnet trocr whisper",
     "an encoder": "bert bert-generation big_bird camembert data2vec-text electra ernie megatron-bert reformer rembert "
     "roberta roberta-prelayernorm roc_bert roformer xlm xlm-roberta xlm-roberta-xl xlnet xmod",
-    "a state-space or hybrid model": "bailing_hybrid bamba falcon_h1 falcon_mamba "
-    "granitemoehybrid jamba kimi_linear lfm2 lfm2_moe lfm3 mamba mamba2 nemotron_h olmo_hybrid qwen3_5 qwen3_5_moe "
-    "qwen3_5_moe_text qwen3_5_text qwen3_next recurrent_gemma rwkv xlstm zamba zamba2",
+    "a recurrent network that generates otherwise with its state than without": "rwkv xlstm",
+    "one whose layers share weights": "zamba zamba2",
+    "one whose layers are told apart by periods, which few removals leave": "jamba",
     "computed with the number of each layer": "beam diffllama inkling2_text minimax",
     "one whose first or last layer is unlike the others": "gpt_neox_japanese modernbert-decoder",
     "one whose layers share keys and values with earlier ones": "gemma3n gemma3n_text gemma4 gemma4_text",
@@ -268,10 +295,13 @@ PER_LAYER_KEYS = (
     "layer_rope_theta",
     "moe_topk",
 )
-LAYER_NUMBER_KEYS = ("mlp_only_layers", "moe_layers")  # lists of layer numbers
+RECURRING = ("linear_attention", "conv", "mlp", "moe")  # in layer_types: kinds whose layers attend to no token
+LAYER_NUMBER_KEYS = ("mlp_only_layers", "moe_layers", "attn_layer_indices")  # lists of layer numbers
 # layers below the number differ from those above
 THRESHOLD_KEYS = ("first_k_dense_replace", "max_window_layers", "moe_layer_start_index", "num_dense_layers")
 LAST_KEYS = ("moe_layer_end_index",)  # layers up to the number, it included, differ from those above
+# layers after the last that predict further tokens; their weights are not carried along
+FURTHER_TOKENS_KEYS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
 # every n-th layer differs, and no list says which: only a period of 1 can be kept
 PERIOD_KEYS = ("moe_layer_interval",)
 # config keys and values with which layers normalise the sum they return: none of them can be the identity

@@ -10,6 +10,7 @@ from llm_streamline.errors import UserError
 from llm_streamline.ranking import NAMES, Ranking, disagreement
 from llm_streamline.recipe import Recipe
 from llm_streamline.records import LayerPlan, ModelShape, Similarity, Window, runs_of
+from llm_streamline.staying import gone, leaving_each, refuse_lacking
 from llm_streamline.windows import places_for, split_evenly
 
 DEFAULT_REMOVE = "25%"
@@ -88,6 +89,7 @@ def _plain(similarity: Similarity, recipe: Recipe, windows: Sequence[Window]) ->
 
 def choose_layers(similarity: Similarity, shape: ModelShape, recipe: Recipe, layers: Sequence[int]) -> LayerPlan:
     """The plan to remove single layers, in the order given, wherever they lie, with nothing in their place."""
+    refuse_lacking(shape, layers, f"layers {', '.join(map(str, layers))}")
     window = max(runs_of(layers), key=len)
     plain = most_similar(similarity, len(layers), recipe)
     how = {
@@ -165,6 +167,7 @@ def candidates(shape: ModelShape, recipe: Recipe, taken: Sequence[Window] = ()) 
     lengths = split_evenly(net_layers(recipe, shape) + recipe.occupied, recipe.count)
     bounds = Window(start=recipe.protect_first, stop=shape.num_layers - recipe.protect_last)
     places = places_for(bounds, lengths[len(taken) :], taken)
+    places = leaving_each(shape, places, recipe.each, taken)
     return places[-1:] if recipe.select == "last" else places
 
 
@@ -280,6 +283,7 @@ def _given_windows(recipe: Recipe, shape: ModelShape) -> list[Window]:
         _check_given(window, recipe, shape)
     if len(windows) == 1 and len(windows[0]) == shape.num_layers and not recipe.occupied:
         raise UserError(f"--window {windows[0]} leaves no layer; give a shorter one.")
+    refuse_lacking(shape, gone(windows, recipe.each), f"--window {recipe.window}")
     return windows
 
 

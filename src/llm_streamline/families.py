@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from llm_streamline.architectures import (
     FAMILIES,
+    FURTHER_TOKENS_KEYS,
     INNER_WIDTH_KEYS,
     LAST_KEYS,
     LAYER_NUMBER_KEYS,
@@ -24,10 +25,9 @@ from llm_streamline.architectures import (
     REASONS,
     SUM_NORMALISED,
     THRESHOLD_KEYS,
-    Changes,
-    Family,
 )
 from llm_streamline.errors import UserError
+from llm_streamline.family import Changes, Family
 
 TRIED: dict[str, Family] = {}  # kinds that --family-from names, in this process
 NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f", "layer_norm")
@@ -80,7 +80,7 @@ def try_family(config: PretrainedConfig, layers: str) -> None:
         raise UserError(
             f"beside {layers} none of {', '.join(NORM_NAMES)} is found in model type {kind!r}; it needs a row."
         )
-    TRIED[kind] = Family(kind, layers, "", (), down=(), norm=norm, unfoldable="nobody knows its MLP", tried=True)
+    TRIED[kind] = Family(kind, layers, (), (), down=(), norm=norm, unfoldable="nobody knows its MLP", tried=True)
 
 
 def _refuse_options(family: Family, config: PretrainedConfig) -> None:
@@ -132,6 +132,12 @@ def layers_of(model: PreTrainedModel) -> nn.ModuleList:
     return layers
 
 
+def mixing(layer: nn.Module, family: Family) -> list[nn.Module]:
+    """The last projections of what mixes tokens in this layer: of its attention, or of what stands there."""
+    modules = dict(layer.named_modules())
+    return [modules[name] for name in family.mixers() if name in modules]
+
+
 def final_norm(model: PreTrainedModel) -> nn.Module | None:
     """What follows the last layer; None where the model is put together without."""
     family = family_of(model.config)
@@ -155,7 +161,7 @@ def sliced_config(config: PretrainedConfig, sources: Sequence[int]) -> Pretraine
     changes = {"num_hidden_layers": len(sources), **_sliced_keys(config, sources)}
     more = family_of(config).changes
     if more:
-        changes |= more(config, changes)
+        changes |= more(config, changes, sources)
     new = copy.deepcopy(config)
     if hasattr(new, "auto_map"):  # names files of code that came with the source and are not carried along
         del new.auto_map
@@ -169,7 +175,7 @@ def _sliced_keys(config: PretrainedConfig, sources: Sequence[int]) -> Changes:
     changes: Changes = {}
     own = _lists_as_long(config) if family_of(config).tried else []
     for key in (*PER_LAYER_KEYS, *own):
-        if isinstance(getattr(config, key, None), list) and getattr(config, key):
+        if _stored(config, key) and isinstance(getattr(config, key, None), list) and getattr(config, key):
             changes[key] = [getattr(config, key)[source] for source in sources]
     for key in LAYER_NUMBER_KEYS:
         if getattr(config, key, None):
@@ -180,7 +186,13 @@ def _sliced_keys(config: PretrainedConfig, sources: Sequence[int]) -> Changes:
     for key in LAST_KEYS:
         if getattr(config, key, None) is not None:
             changes[key] = sum(source <= getattr(config, key) for source in sources) - 1
+    changes |= {key: 0 for key in FURTHER_TOKENS_KEYS if getattr(config, key, None)}
     return changes | _unrolled_period(config, sources)
+
+
+def _stored(config: PretrainedConfig, key: str) -> bool:
+    """Whether a key is kept, and not made of others whenever it is asked for."""
+    return not isinstance(getattr(type(config), config.attribute_map.get(key, key), None), property)
 
 
 def _lists_as_long(config: PretrainedConfig) -> list[str]:

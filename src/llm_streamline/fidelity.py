@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from llm_streamline.checkpoint import Source, check_fit, files_of
+from llm_streamline.families import layers_prefix
 from llm_streamline.inventory import headers
 from llm_streamline.offload import is_offloaded, stored_weights
 
@@ -19,7 +20,13 @@ def losses_of(source: Source, config: PretrainedConfig, dtype: torch.dtype | Non
     Errors: as `check_fit`.
     """
     left_out, wider = check_fit(source, config), rounded(source, dtype) if dtype else []
+    further = further_tokens(source, config)
+    left_out = [name for name in left_out if name not in further]
     notes = []
+    if further:
+        notes.append(
+            f"{len(further)} stored tensors predict tokens after the next one and are left out, such as {further[0]}"
+        )
     if left_out:
         notes.append(
             f"{len(left_out)} stored tensors have no place in the model and are left out, such as {left_out[0]}"
@@ -30,6 +37,20 @@ def losses_of(source: Source, config: PretrainedConfig, dtype: torch.dtype | Non
             f"rounded to that, such as {wider[0]}; --dtype float32 keeps them as they are"
         )
     return notes
+
+
+def further_tokens(source: Source, config: PretrainedConfig) -> list[str]:
+    """Names of a local checkpoint's tensors for multi-token prediction, which transformers passes over.
+
+    They are called so, or are layers after the last that the configuration counts.
+    """
+    prefix, after = layers_prefix(config), config.num_hidden_layers
+
+    def beyond(name: str) -> bool:
+        number = name.removeprefix(prefix).partition(".")[0]
+        return name.startswith(prefix) and number.isdigit() and int(number) >= after
+
+    return sorted(name for name in headers(files_of(source)) if "mtp" in name.split(".") or beyond(name))
 
 
 def rounded(source: Source, dtype: torch.dtype) -> list[str]:

@@ -53,7 +53,8 @@ class ModelShape(Record):
     """The counts a plan is made of, in parameters (tied ones once).
 
     `network` is what one stand-in has where it is no layer of the model's own; `untied` what a head has that was one
-    with the embeddings and is to train. Of every window, a multiple of `period` net layers has to go.
+    with the embeddings and is to train. Of every window, a multiple of `period` net layers has to go. Of each of
+    the `sorts`, lists of layers, one has to stay.
     """
 
     name: str
@@ -63,6 +64,7 @@ class ModelShape(Record):
     network: int | None = None
     untied: int = 0
     period: int = 1
+    sorts: list[list[int]] = []
 
     @property
     def num_layers(self) -> int:

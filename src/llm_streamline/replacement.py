@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from llm_streamline.errors import UserError
-from llm_streamline.families import family_of, inner_width, layers_of, never_identity
+from llm_streamline.families import family_of, inner_width, layers_of, mixing, never_identity
 from llm_streamline.forward import LayerCall
 from llm_streamline.networks import NETWORKS, NetworkLayer, start
 from llm_streamline.offload import onloaded
@@ -174,10 +174,16 @@ def _silence_attention(layers: nn.ModuleList, config: PretrainedConfig) -> None:
             "a layer without attention can never be the identity: use --replace layer."
         )
     family = family_of(config)
+    if not family.mixers():
+        raise UserError(
+            f"--replace mlp needs layers with an MLP beside what mixes tokens, which are not known in this "
+            f"{config.model_type!r}; use --replace layer."
+        )
     layers.requires_grad_(False)
     for layer in layers:
-        for parameter in layer.get_submodule(family.attention_output).parameters():
-            parameter.data.zero_()
+        for module in mixing(layer, family):
+            for parameter in module.parameters():
+                parameter.data.zero_()
         for name in family.mlp:
             for module in [module for path, module in layer.named_modules() if path == name]:
                 module.requires_grad_(True)

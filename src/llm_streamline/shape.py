@@ -12,6 +12,7 @@ from llm_streamline.recipe import Recipe
 from llm_streamline.records import ModelShape
 from llm_streamline.replacement import build_replacement
 from llm_streamline.runtimes.patterns import gguf_period
+from llm_streamline.staying import sorts
 
 
 def shape_of(skeleton: PreTrainedModel, recipe: Recipe) -> ModelShape:
@@ -32,4 +33,5 @@ def shape_of(skeleton: PreTrainedModel, recipe: Recipe) -> ModelShape:
         network=network,
         untied=head_of_its_own(skeleton, parse_heal(recipe.heal)),
         period=gguf_period(skeleton.config, recipe.model) if recipe.for_ else 1,
+        sorts=sorts(skeleton.config),
     )
