@@ -23,6 +23,7 @@ from llm_streamline.families import FAMILIES, layers_of
 from llm_streamline.runtimes.gguf import VARIABLE
 from tests import tiny
 from tests.test_adapters import adapter_of
+from tests.test_tower import seeing_folder
 
 
 @pytest.fixture
@@ -96,6 +97,7 @@ def test_every_examples_of_the_help_pages_runs(cli, monkeypatch):
     Path("questions.jsonl").write_text("".join(json.dumps({"id": i, **question}) + "\n" for i in range(3)))
     tiny.write_jsonl(Path("text.jsonl"), ["Nina is in the library.", "The drum went to Nina."])
     adapter_of(Source("bundled").path, Path("lora-of-bundled"))
+    seeing_folder(Path("vision-model"), "llava")
     for line in lines:
         if line.split()[1] == "demo":
             continue  # tests/test_demo.py runs it

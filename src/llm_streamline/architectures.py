@@ -275,6 +275,8 @@ _UNFIT = {
     "roberta roberta-prelayernorm roc_bert roformer xlm xlm-roberta xlm-roberta-xl xlnet xmod",
     "a recurrent network that generates otherwise with its state than without": "rwkv xlstm",
     "one whose layers share weights": "zamba zamba2",
+    "one that does not only read, and whose text model 'llm-streamline text-model' takes out": "gemma3 llama4 qwen3_5 "
+    "qwen3_5_moe",
     "one whose layers are told apart by periods, which few removals leave": "jamba",
     "computed with the number of each layer": "beam diffllama inkling2_text minimax",
     "one whose first or last layer is unlike the others": "gpt_neox_japanese modernbert-decoder",

@@ -110,6 +110,11 @@ COMMANDS: dict[str, tuple[Callable[..., None], str, set[str] | None]] = {
         _examples("llm-streamline adapter lora-of-bundled shorter -o lora-of-shorter"),
         None,
     ),
+    "text-model": (
+        commands.text_model,
+        _examples("llm-streamline text-model vision-model -o text-model"),
+        None,
+    ),
     "families": (commands.families, _examples("llm-streamline families", "llm-streamline families --json"), None),
     "demo": (commands.demo, _examples("llm-streamline demo -o demo-run"), None),
 }

@@ -190,6 +190,28 @@ def adapter(
     _print(json_output, found, [f"{found.kept} tensors of layers and {found.outside} others kept{left_out}: {output}"])
 
 
+def text_model(
+    model: Annotated[str, typer.Argument(help="A model that also sees or hears: its folder, or its name on the Hub.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The new folder.")],
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Read weights in pickle form where there are no others.")
+    ] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the trace of an error.")] = False,
+) -> None:
+    """Write the text model inside one that also sees or hears as a model of its own, to be shortened.
+
+    The weights stay as they are; what is written is checked against the whole model on text.
+    """
+    from llm_streamline.checkpoint import Source
+    from llm_streamline.tower import write_text_model
+
+    found = write_text_model(Source(model, allow_pickle), output)
+    kinds = f"{found.text_type} out of {found.model_type}"
+    counts = f"{found.parameters:,} parameters, {found.left_out:,} left out"
+    _print(json_output, found, [f"{output}: {kinds}, {counts}, logits within {found.logits_error:.1e}"])
+
+
 def families(
     json_output: Annotated[bool, typer.Option("--json", help="Print the list as JSON on stdout.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the trace of an error.")] = False,

@@ -39,6 +39,12 @@ def family_of(config: PretrainedConfig) -> Family:
     kind = config.model_type
     if getattr(config, "is_encoder_decoder", False):
         raise UserError(f"model type {kind!r} is an encoder-decoder; give a decoder-only causal LM: {LISTED}.")
+    text = getattr(config, "text_config", None)
+    if isinstance(text, PretrainedConfig) and has_row(text):
+        raise UserError(
+            f"model type {kind!r} does not only read; take its text model ({text.model_type!r}) out of it with "
+            "'llm-streamline text-model MODEL -o FOLDER', and give that folder."
+        )
     names = getattr(config, "architectures", None) or []
     if names and not any("CausalLM" in name or "LMHead" in name for name in names):
         raise UserError(f"the checkpoint holds {names[0]}, which is no causal LM; give a decoder-only one: {LISTED}.")
@@ -52,6 +58,11 @@ def family_of(config: PretrainedConfig) -> Family:
         raise UserError(f"model type {kind!r} is {_why_not(config)}; give another: {LISTED}.")
     _refuse_options(family, config)
     return family
+
+
+def has_row(config: PretrainedConfig) -> bool:
+    """Whether the kind is proven, whatever its options."""
+    return config.model_type in FAMILIES
 
 
 def try_family(config: PretrainedConfig, layers: str) -> None:

