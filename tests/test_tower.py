@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 from llm_streamline import tower
 from llm_streamline.checkpoint import Source
@@ -108,10 +108,25 @@ def test_what_has_no_text_model_to_take_out_is_refused(whole, tmp_path, llama_fo
     (folder / "config.json").write_text(json.dumps(config | {"text_config": {"model_type": "xlstm"}}))
     with pytest.raises(UserError, match="is of type 'xlstm', which is not proven"):
         tower.write_text_model(Source(str(folder)), tmp_path / "text")
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
+    with pytest.raises(UserError, match="is quantised, and cannot be cut"):
+        tower.write_text_model(Source(str(folder)), tmp_path / "text")
     (tmp_path / "text").mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="is there already"):
         tower.write_text_model(Source(str(folder)), tmp_path / "text")
+
+
+def test_settings_and_a_tokenizer_from_elsewhere_come_along(whole, tmp_path, monkeypatch):
+    folder = whole("llava")
+    settings = {"do_sample": False, "temperature": 0.3, "eos_token_id": [2, 5]}  # which transformers refuses to save
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    monkeypatch.setattr(tower, "is_local", lambda source: False)
+    tower.write_text_model(Source(str(folder)), tmp_path / "text")
+    assert settings.items() <= json.loads((tmp_path / "text" / "generation_config.json").read_text()).items()
+    text = "the old man"
+    made = [AutoTokenizer.from_pretrained(place)(text)["input_ids"] for place in (folder, tmp_path / "text")]
+    assert made[0] == made[1]
 
 
 def test_a_weight_that_is_missing_is_named(whole, tmp_path):

@@ -14,7 +14,7 @@ import torch
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-from llm_streamline.checkpoint import Source, load_model, read_config, without_weights
+from llm_streamline.checkpoint import Source, load_model, load_tokenizer, read_config, without_weights
 from llm_streamline.errors import UserError, reason
 from llm_streamline.families import NOT_PROVEN, has_row
 from llm_streamline.files import atomic
@@ -51,9 +51,7 @@ def write_text_model(source: Source, output: Path) -> TextModel:
     whole = _load(source, config)
     text = _inner(source, whole, text_config)
     with atomic(output) as temporary:
-        text.save_pretrained(temporary)
-        for path in _beside(source, (*_TOKENIZER, *_RIGHTS)):
-            shutil.copyfile(path, temporary / path.name)
+        _write(source, text, temporary, whole.generation_config)
         error = _difference(whole, load_model(Source(str(temporary)), whole.dtype))
         if not error <= _TOLERANCE:  # also true of nan
             raise UserError(
@@ -75,6 +73,8 @@ def _text_config(source: Source, config: PretrainedConfig) -> PretrainedConfig:
     found = config.get_text_config(decoder=True)
     if found is config:
         raise UserError(f"{source.name} is a model of text alone ({config.model_type!r}); give it as it is.")
+    if any(getattr(one, "quantization_config", None) for one in (config, found)):
+        raise UserError(f"{source.name} is quantised, and cannot be cut; give the model it was made from.")
     if not has_row(found):
         raise UserError(
             f"the text model in {source.name} is of type {found.model_type!r}, which is {NOT_PROVEN}; give another."
@@ -113,8 +113,22 @@ def _inner(source: Source, whole: PreTrainedModel, config: PretrainedConfig) -> 
         )
     setattr(text, text.base_model_prefix, decoder)
     text.set_output_embeddings(head)
-    text.generation_config = whole.generation_config or GenerationConfig()
     return text.eval()
+
+
+def _write(source: Source, text: PreTrainedModel, folder: Path, generation: GenerationConfig | None) -> None:
+    text.save_pretrained(folder)
+    if generation is not None:  # as it is: transformers refuses to save settings that contradict one another
+        (folder / "generation_config.json").write_text(generation.to_json_string(), encoding="utf-8")
+    if is_local(source):
+        for path in _beside(source, (*_TOKENIZER, *_RIGHTS)):
+            shutil.copyfile(path, folder / path.name)
+    else:
+        load_tokenizer(source, text.config.vocab_size).save_pretrained(folder)
+
+
+def is_local(source: Source) -> bool:
+    return Path(source.path).is_dir()
 
 
 @torch.no_grad()
