@@ -40,7 +40,7 @@ LLAMA_CPP_PYTHON := llama-cpp-python==0.3.36
 # llama.cpp's converter lies in the source package of its Python bindings; those are built here, in about ten minutes
 .llama.cpp/done: $(VENV)/installed-dev
 	rm -rf .llama.cpp && mkdir .llama.cpp
-	$(BIN)/python -m pip download --quiet --no-deps --no-binary :all: --dest .llama.cpp $(LLAMA_CPP_PYTHON)
+	$(BIN)/python -m pip download --quiet --no-deps --no-binary llama-cpp-python --dest .llama.cpp $(LLAMA_CPP_PYTHON)
 	tar -xzf .llama.cpp/llama_cpp_python-*.tar.gz -C .llama.cpp --strip-components 1
 	$(PIP) .llama.cpp/llama_cpp_python-*.tar.gz sentencepiece torchao
 	@touch $@
