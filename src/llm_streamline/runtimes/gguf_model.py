@@ -28,7 +28,7 @@ class GgufModel:
         threads = torch.get_num_threads()  # more than there are cores free wait for one another, spinning
         room: dict[str, Any] = {"n_ctx": context, "n_batch": context, "n_threads": threads, "n_threads_batch": threads}
         exact: dict[str, Any] = {"type_k": _FLOAT32, "type_v": _FLOAT32, "flash_attn": False}
-        with errors_said() as said:
+        with errors_said() as said, weights_as_they_are():
             try:
                 self._model = llama_cpp.Llama(
                     str(path), logits_all=True, n_gpu_layers=0, verbose=False, **room, **exact
@@ -57,6 +57,25 @@ class GgufModel:
 
     def close(self) -> None:
         self._model.close()
+
+
+@contextmanager
+def weights_as_they_are() -> Iterator[None]:
+    """Models loaded meanwhile are not packed anew for one processor's instructions: on AMX, 0.3.36 crashes on some."""
+    from llama_cpp import llama_cpp
+
+    usual = llama_cpp.llama_model_default_params
+
+    def unpacked() -> Any:
+        settings = usual()
+        settings.use_extra_bufts = False
+        return settings
+
+    llama_cpp.llama_model_default_params = unpacked
+    try:
+        yield
+    finally:
+        llama_cpp.llama_model_default_params = usual
 
 
 @contextmanager
