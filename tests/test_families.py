@@ -325,6 +325,19 @@ def test_config_keys_that_depend_on_layer_numbers_are_sliced():
     assert config.num_hidden_layers == 6 and config.mlp_only_layers == [0, 3, 5]
 
 
+@pytest.mark.skipif("kimi_linear" not in CONFIG_MAPPING, reason="the installed transformers does not know it")
+def test_lists_that_only_other_programs_read_are_sliced_too():
+    own = {"head_dim": 8, "full_attn_layers": [3, 5, 6], "kda_layers": [1, 2, 4]}
+    config = copy.deepcopy(tiny.CONFIGS["kimi_linear"])
+    config.linear_attn_config = own
+    found = sliced_config(config, [0, 3, 4, 5]).linear_attn_config
+    assert found == {"head_dim": 8, "full_attn_layers": [3, 4], "kda_layers": [1, 2]}
+    assert config.linear_attn_config == own
+    config = copy.deepcopy(tiny.CONFIGS["lfm2"])
+    config.full_attn_idxs = [2, 4, 5]
+    assert sliced_config(config, [0, 3, 4, 5]).full_attn_idxs == [2, 3]
+
+
 @pytest.mark.parametrize(
     ("config", "reason"),
     [

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from llm_streamline.family import Family, one_kind_per_layer, same_scale, spelled_out
+from llm_streamline.family import Family, counted_from_one, one_kind_per_layer, same_scale, spelled_out
 
 _LAYER_NORMS = ("input_layernorm", "mlp")
 _PLAIN = ("model.layers", "self_attn.o_proj", ("post_attention_layernorm", "mlp"))
@@ -220,8 +220,8 @@ FAMILIES = {
             ("post_attention_layernorm", "mlp", "post_feedforward_layernorm"),
             down=(),
         ),
-        Family("kimi_linear", "model.layers", ("self_attn.o_proj",), _PLAIN[2], _SHARED_EXPERTS),
-        Family("bailing_hybrid", "model.layers", ("self_attn.o_proj",), _PLAIN[2], _SHARED_EXPERTS),
+        Family("kimi_linear", *_PLAIN, down=_SHARED_EXPERTS, changes=counted_from_one),
+        Family("bailing_hybrid", *_PLAIN, down=_SHARED_EXPERTS),
         Family(
             "lfm2",
             *_CONVOLVED,
@@ -297,8 +297,8 @@ PER_LAYER_KEYS = (
     "layer_rope_theta",
     "moe_topk",
 )
-RECURRING = ("linear_attention", "conv", "mlp", "moe")  # in layer_types: kinds whose layers attend to no token
-LAYER_NUMBER_KEYS = ("mlp_only_layers", "moe_layers", "attn_layer_indices")  # lists of layer numbers
+RECURRING = ("linear_attention", "conv", "mamba", "mlp", "moe")  # in layer_types: kinds whose layers attend to no token
+LAYER_NUMBER_KEYS = ("mlp_only_layers", "moe_layers", "attn_layer_indices", "full_attn_idxs")  # lists of layer numbers
 # layers below the number differ from those above
 THRESHOLD_KEYS = ("first_k_dense_replace", "max_window_layers", "moe_layer_start_index", "num_dense_layers")
 LAST_KEYS = ("moe_layer_end_index",)  # layers up to the number, it included, differ from those above

@@ -47,3 +47,11 @@ def same_scale(config: Any, _: Changes, sources: Sequence[int]) -> Changes:
 def spelled_out(config: Any, _: Changes, sources: Sequence[int]) -> Changes:
     """A pattern that is repeated for as many layers as there are: spelled out, it is repeated no more."""
     return {"block_types": [config.block_types[source % len(config.block_types)] for source in sources]}
+
+
+def counted_from_one(config: Any, _: Changes, sources: Sequence[int]) -> Changes:
+    """Lists of layers that transformers reads only where no other list is given, and other programs read."""
+    given = getattr(config, "linear_attn_config", None) or {}
+    listed = {key: given[key] for key in ("full_attn_layers", "kda_layers") if given.get(key)}
+    new = {key: [to for to, source in enumerate(sources, 1) if source + 1 in old] for key, old in listed.items()}
+    return {"linear_attn_config": {**given, **new}} if new else {}
