@@ -28,6 +28,7 @@ from llm_streamline.families import (
     FAMILIES,
     family_of,
     find_stack,
+    kinds_of_layers,
     layers_of,
     mixing,
     parameter_counts,
@@ -247,7 +248,7 @@ def reach(layer, call, hidden: torch.Tensor, token: int = 0) -> list[int]:
 @pytest.mark.parametrize("name", tiny.CONFIGS)
 def test_the_sliding_window_is_as_wide_as_the_narrowest_layer_sees(name):
     config, _, layers, hidden = layers_with_calls(name)
-    kinds = getattr(config, "layer_types", None) or ["full_attention"] * len(layers)
+    kinds = kinds_of_layers(config) or ["full_attention"] * len(layers)
     attending = [one for one, kind in zip(layers, kinds, strict=True) if kind not in RECURRING]
     widths = [max(reach(layer, call, hidden)) + 1 for layer, call in attending]
     assert min(widths, default=hidden.shape[1]) == (sliding_window(config) or hidden.shape[1])
@@ -368,7 +369,7 @@ def test_every_kind_that_is_listed_as_refused_is_refused_for_what_is_listed(monk
     monkeypatch.setattr(families, "find_stack", lambda model: None)
     monkeypatch.setattr(families.AutoModelForCausalLM, "from_config", lambda config: None)
     refused = [one for one in families.known_families() if one["status"] == "refused"]
-    assert len(refused) > 80
+    assert len(refused) > 50
     for one in refused:
         kind = CONFIG_MAPPING[one["model_type"]]
         config = kind.__new__(kind)  # not all can be made without being told anything

@@ -10,7 +10,14 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+    configuration_utils,
+)
 
 LAYERS = 6
 CONTEXT = 128
@@ -80,6 +87,8 @@ _SOME_DENSE = ["dense", "sparse", "sparse", "dense", "dense", "sparse"]
 _YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": CONTEXT // 2}
 _PLAIN_ROPE = {"rope_type": "default", "rope_theta": 1e4}
 _HYBRID = ["linear_attention", "linear_attention", "full_attention", "linear_attention", *["full_attention"] * 2]
+# what older versions call these kinds beside a state space
+_MAMBA = _HYBRID if hasattr(configuration_utils, "remap_legacy_layer_types") else ["mamba", "mamba", "attention"] * 2
 _CONVOLVED = [kind.replace("linear_attention", "conv") for kind in _HYBRID]
 _DELTA_RULE = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8} | {
     "linear_value_head_dim": 8,
@@ -392,7 +401,7 @@ _MORE: dict[str, PretrainedConfig] = {
     "lfm2_moe": _like_llama("lfm2_moe", num_dense_layers=2, layer_types=_CONVOLVED, **_EXPERTS),
     "lfm3": _like_llama("lfm3", layer_types=_CONVOLVED),
     "granitemoehybrid": _like_llama(
-        "granitemoehybrid", shared_intermediate_size=24, num_local_experts=4, layer_types=_HYBRID, **_STATE_SPACE
+        "granitemoehybrid", shared_intermediate_size=24, num_local_experts=4, layer_types=_MAMBA, **_STATE_SPACE
     ),
     "bamba": _like_llama("bamba", attn_layer_indices=[2, 4, 5], **_STATE_SPACE),
     "falcon_h1": _like_llama("falcon_h1", head_dim=8, mamba_d_ssm=64, **_STATE_SPACE),

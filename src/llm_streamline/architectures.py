@@ -297,7 +297,8 @@ PER_LAYER_KEYS = (
     "layer_rope_theta",
     "moe_topk",
 )
-RECURRING = ("linear_attention", "conv", "mamba", "mlp", "moe")  # in layer_types: kinds whose layers attend to no token
+# in layer_types: kinds whose layers attend to no token, two of them by older names
+RECURRING = ("linear_attention", "conv", "mlp", "moe", "mamba", "recurrent")
 LAYER_NUMBER_KEYS = ("mlp_only_layers", "moe_layers", "attn_layer_indices", "full_attn_idxs")  # lists of layer numbers
 # layers below the number differ from those above
 THRESHOLD_KEYS = ("first_k_dense_replace", "max_window_layers", "moe_layer_start_index", "num_dense_layers")

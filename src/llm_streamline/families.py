@@ -143,6 +143,12 @@ def layers_of(model: PreTrainedModel) -> nn.ModuleList:
     return layers
 
 
+def kinds_of_layers(config: PretrainedConfig) -> list[str] | None:
+    """Of each layer what it mixes tokens by, where the configuration tells."""
+    found = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
+    return list(found) if found else None
+
+
 def mixing(layer: nn.Module, family: Family) -> list[nn.Module]:
     """The last projections of what mixes tokens in this layer: of its attention, or of what stands there."""
     modules = dict(layer.named_modules())

@@ -8,12 +8,13 @@ from transformers import PretrainedConfig
 
 from llm_streamline.architectures import RECURRING
 from llm_streamline.errors import UserError
+from llm_streamline.families import kinds_of_layers
 from llm_streamline.records import ModelShape, Window
 
 
 def sorts(config: PretrainedConfig) -> list[list[int]]:
     """The numbers of the layers that attend and of the others; none where all are of one sort."""
-    kinds = getattr(config, "layer_types", None) or []
+    kinds = kinds_of_layers(config) or []
     recurring = [number for number, kind in enumerate(kinds) if kind in RECURRING]
     attending = [number for number, kind in enumerate(kinds) if kind not in RECURRING]
     return [attending, recurring] if attending and recurring else []
