@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from llm_streamline.choose import check_request, choose
+from llm_streamline.choose import check_request, choose, choose_layers
 from llm_streamline.errors import UserError
 from llm_streamline.recipe import Recipe
 from llm_streamline.records import ModelShape, Similarity, Window
@@ -167,3 +167,10 @@ def test_of_a_hybrids_layers_one_of_each_sort_stays():
 def test_what_takes_all_of_a_sort_is_refused(recipe, words):
     with pytest.raises(UserError, match=words):
         check_request(HYBRID, Recipe(model="m", **recipe))
+
+
+def test_single_layers_that_are_all_of_a_sort_are_refused():
+    recipe = Recipe(model="m", remove="2", select="influence", replace="none")
+    assert choose_layers(similarity(), SHAPE, recipe, [3, 5]).gone == [3, 5]
+    with pytest.raises(UserError, match="with layers 3, 5 none of layers 3, 5 stays"):
+        choose_layers(similarity(), HYBRID, recipe, [3, 5])

@@ -85,6 +85,16 @@ def test_a_text_model_that_was_taken_out_is_shortened_by_the_command(whole, tmp_
     main(["compress", str(tmp_path / "text"), "--data", str(text), "--window", "2:4", "--dry-run", *few])
 
 
+def test_a_head_that_only_the_whole_calls_tied_is_tied(whole, tmp_path):
+    folder = whole("llava")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["tie_word_embeddings"] and config["text_config"].pop("tie_word_embeddings")
+    (folder / "config.json").write_text(json.dumps(config))
+    tower.write_text_model(Source(str(folder)), tmp_path / "text")
+    assert json.loads((tmp_path / "text" / "config.json").read_text())["tie_word_embeddings"]
+    assert "lm_head.weight" not in load_file(tmp_path / "text" / "model.safetensors")
+
+
 def test_what_predicts_something_else_alone_is_not_written(whole, tmp_path, monkeypatch):
     folder = whole("llava")
     real = tower.load_model
