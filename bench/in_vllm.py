@@ -38,7 +38,7 @@ def _run(name: str, which: str) -> str:
     command = [sys.executable, "-m", "bench.in_vllm", "--one", name, which]
     done = subprocess.run(command, capture_output=True, text=True)
     line = next((line for line in done.stdout.splitlines() if line.startswith('{"found"')), None)
-    return json.loads(line)["found"] if line else f"failed: {done.stderr.strip().splitlines()[-1][:200]}"
+    return json.loads(line)["found"] if line else f"failed: {done.stderr.strip()[-200:]}"
 
 
 def _found(name: str, which: str) -> str:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from llm_streamline.choose import check_request, choose, choose_layers
+from llm_streamline.choose import candidates, check_request, choose, least_influence, single_layers
 from llm_streamline.errors import UserError
 from llm_streamline.recipe import Recipe
 from llm_streamline.records import ModelShape, Similarity, Window
@@ -169,8 +169,18 @@ def test_what_takes_all_of_a_sort_is_refused(recipe, words):
         check_request(HYBRID, Recipe(model="m", **recipe))
 
 
-def test_single_layers_that_are_all_of_a_sort_are_refused():
-    recipe = Recipe(model="m", remove="2", select="influence", replace="none")
-    assert choose_layers(similarity(), SHAPE, recipe, [3, 5]).gone == [3, 5]
-    with pytest.raises(UserError, match="with layers 3, 5 none of layers 3, 5 stays"):
-        choose_layers(similarity(), HYBRID, recipe, [3, 5])
+def test_of_single_layers_the_last_of_a_sort_is_spared():
+    recipe = Recipe(model="m", remove="5", select="influence", replace="none")
+    assert check_request(HYBRID, recipe)
+    assert single_layers(HYBRID, recipe, [3]) == [1, 2, 4, 6] and 5 in single_layers(SHAPE, recipe, [3])
+    assert len({3, 5} & set(least_influence(similarity(), HYBRID, recipe, 5))) == 1
+    with pytest.raises(UserError, match="with 6 single layers none of layers 3, 5 stays"):
+        single_layers(HYBRID, recipe, [1, 2, 3, 4, 6])
+
+
+def test_a_first_window_leaves_room_for_a_second_that_spares_a_sort():
+    recipe = Recipe(model="m", remove="4", windows=2, replace="none")
+    for first in candidates(HYBRID, recipe):
+        assert candidates(HYBRID, recipe, [first])
+    assert Window(start=2, stop=4) in candidates(SHAPE, recipe)
+    assert Window(start=2, stop=4) not in candidates(HYBRID, recipe)

@@ -105,6 +105,15 @@ INHERITED = [(name, "inherited") for name in WITH_MLP]
 RANDOM = [(name, "random") for name in tiny.one_of_each_type() if "post-norm" not in name]
 
 
+@pytest.mark.parametrize("replace", ["ffn", "swiglu:residual", "linear:free"])
+@pytest.mark.parametrize("name", ["mamba", "lfm2", "falcon_h1"])
+def test_a_network_among_layers_that_recur_is_refused(name, replace):
+    with pytest.raises(
+        UserError, match=f"the cache of a model whose layers recur cannot hold .'{name}'.; use --replace"
+    ):
+        build_replacement(tiny.make_model(name), [2], "random", 0, replace)
+
+
 def test_an_mlp_of_layers_without_one_is_refused():
     with pytest.raises(UserError, match=r"--replace mlp needs layers with an MLP .* this 'mamba'; use --replace layer"):
         build_replacement(tiny.make_model("mamba"), [2], "inherited", 0, "mlp")

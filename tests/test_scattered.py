@@ -15,7 +15,7 @@ from llm_streamline.families import layers_of
 from llm_streamline.forward import shortened, substituted
 from llm_streamline.heal import Heal
 from llm_streamline.recipe import Recipe
-from llm_streamline.records import Window, runs_of
+from llm_streamline.records import ModelShape, Window, runs_of
 from llm_streamline.scoring.perplexity import next_token_loss
 from llm_streamline.student import student_of
 from llm_streamline.workspace import Workspace
@@ -57,9 +57,9 @@ def test_words_for_one_layer_and_for_many():
 
 
 def test_influence_takes_the_layers_that_change_least_between_the_protected_ends():
-    found = similarity({1: 4})
-    assert least_influence(found, Recipe(model="m", protect_first=2), 1) == [4]
-    assert set(least_influence(found, Recipe(model="m", protect_first=2, protect_last=3), 3)) == {2, 3, 4}
+    found, shape = similarity({1: 4}), ModelShape(name="m", model_type="t", total=180, layers=[10] * 8)
+    assert least_influence(found, shape, Recipe(model="m", protect_first=2), 1) == [4]
+    assert set(least_influence(found, shape, Recipe(model="m", protect_first=2, protect_last=3), 3)) == {2, 3, 4}
 
 
 @pytest.mark.parametrize("name", ["llama", "opt", "gpt2"])

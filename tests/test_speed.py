@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from llm_streamline.recipe import Runtime
 from llm_streamline.scoring import speed
@@ -32,6 +33,21 @@ def test_a_round_reads_the_prompt_once_and_then_one_token_at_a_time(model):
     assert [tuple(call["input_ids"].shape) for call in seen] == [(3, 10), *[(3, 1)] * 4]
     assert all(call["past_key_values"].get_seq_length() == 14 for call in seen[1:])  # one cache, full in the end
     assert prefill > 0 and decode > 0
+
+
+@pytest.mark.parametrize("name", ["mamba", "recurrent_gemma", "qwen3_next", "falcon_h1", "gemma3_text"])
+def test_models_that_remember_otherwise_are_timed_with_what_they_remember(name):
+    model, told = tiny.make_model(name), []
+    model.register_forward_pre_hook(lambda _, args, given: told.append(given["input_ids"].shape[1]), with_kwargs=True)
+    assert min(one_round(model, Load(2, 10, 3))) > 0 and told == [10, 1, 1, 1]
+    assert bool(cache_bytes(model, 64)) == (name != "mamba")  # which has no keys and values
+    cache = DynamicCache(config=model.config)
+    taken = "cache_params" if name == "mamba" else "past_key_values"
+    ids = tiny.random_ids(1, 9)
+    with torch.no_grad():
+        model(input_ids=ids[:, :8], use_cache=True, **{taken: cache})
+        last = model(input_ids=ids[:, 8:], use_cache=True, **{taken: cache}).logits[:, -1]
+        assert torch.allclose(last, model(input_ids=ids, use_cache=False).logits[:, -1], atol=1e-4)
 
 
 def test_models_take_turns_and_the_first_one_changes(model, monkeypatch):

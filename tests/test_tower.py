@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, AutoTokenizer
 
 from llm_streamline import tower
 from llm_streamline.checkpoint import Source
@@ -23,6 +23,10 @@ VISION = {
     "gemma3": {"text": "gemma3_text", "vision_config": {**_SIGLIP, **_PICTURES}, "mm_tokens_per_image": 4},
     "mistral3": {"text": "mistral", "vision_config": {"model_type": "pixtral", **_SIGLIP, **_PICTURES}},
     "llava": {"text": "llama-tied", "vision_config": {"model_type": "clip_vision_model", **_SIGLIP, **_PICTURES}},
+    "voxtral": {
+        "text": "llama",
+        "audio_config": {**_SIGLIP, "num_mel_bins": 8, "max_source_positions": 16},
+    },
     "qwen3_5": {
         "text": "qwen3_5_text",
         "vision_config": {
@@ -43,7 +47,7 @@ def seeing_folder(folder: Path, kind: str) -> Path:
     tokens = {"image_token_id": tiny.VOCABULARY - 1, "tie_word_embeddings": text.tie_word_embeddings}
     config = AutoConfig.for_model(kind, text_config=text.to_dict(), **own, **tokens)
     torch.manual_seed(0)
-    model = AutoModelForImageTextToText.from_config(config)
+    model = AutoModelForMultimodalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
@@ -66,7 +70,7 @@ def test_the_text_model_is_the_wholes_to_the_bit(kind, whole, tmp_path):
     assert type(loaded.config).model_type == found.text_type and family_of(loaded.config)
     assert found.parameters == loaded.num_parameters() and found.left_out > 0
     with torch.no_grad():
-        seeing = AutoModelForImageTextToText.from_pretrained(folder).eval()
+        seeing = AutoModelForMultimodalLM.from_pretrained(folder).eval()
         assert torch.equal(loaded.eval()(ids).logits, seeing(input_ids=ids).logits)
     stored, kept = load_file(folder / "model.safetensors"), load_file(tmp_path / "text" / "model.safetensors")
     assert all(any(torch.equal(value, one) for one in stored.values()) for value in kept.values())
@@ -127,16 +131,27 @@ def test_what_has_no_text_model_to_take_out_is_refused(whole, tmp_path, llama_fo
         tower.write_text_model(Source(str(folder)), tmp_path / "text")
 
 
-def test_settings_and_a_tokenizer_from_elsewhere_come_along(whole, tmp_path, monkeypatch):
+def test_settings_and_the_tokenizer_come_along(whole, tmp_path):
     folder = whole("llava")
     settings = {"do_sample": False, "temperature": 0.3, "eos_token_id": [2, 5]}  # which transformers refuses to save
     (folder / "generation_config.json").write_text(json.dumps(settings))
-    monkeypatch.setattr(tower, "is_local", lambda source: False)
     tower.write_text_model(Source(str(folder)), tmp_path / "text")
     assert settings.items() <= json.loads((tmp_path / "text" / "generation_config.json").read_text()).items()
     text = "the old man"
     made = [AutoTokenizer.from_pretrained(place)(text)["input_ids"] for place in (folder, tmp_path / "text")]
     assert made[0] == made[1]
+
+
+def test_layers_for_further_tokens_are_left_out_and_that_is_said(whole, tmp_path, capsys):
+    folder = whole("qwen3_5")
+    stored = load_file(folder / "model.safetensors")
+    save_file(stored | {"mtp.fc.weight": torch.ones(32, 64)}, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["mtp_num_hidden_layers"] = 1
+    (folder / "config.json").write_text(json.dumps(config))
+    tower.write_text_model(Source(str(folder)), tmp_path / "text")
+    assert "1 stored tensors predict tokens after the next one and are left out" in capsys.readouterr().err
+    assert json.loads((tmp_path / "text" / "config.json").read_text())["mtp_num_hidden_layers"] == 0
 
 
 def test_a_weight_that_is_missing_is_named(whole, tmp_path):

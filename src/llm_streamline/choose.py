@@ -10,7 +10,7 @@ from llm_streamline.errors import UserError
 from llm_streamline.ranking import NAMES, Ranking, disagreement
 from llm_streamline.recipe import Recipe
 from llm_streamline.records import LayerPlan, ModelShape, Similarity, Window, runs_of
-from llm_streamline.staying import gone, leaving_each, refuse_lacking
+from llm_streamline.staying import gone, last_ones, leaving_each, refuse_lacking
 from llm_streamline.windows import places_for, split_evenly
 
 DEFAULT_REMOVE = "25%"
@@ -89,7 +89,6 @@ def _plain(similarity: Similarity, recipe: Recipe, windows: Sequence[Window]) ->
 
 def choose_layers(similarity: Similarity, shape: ModelShape, recipe: Recipe, layers: Sequence[int]) -> LayerPlan:
     """The plan to remove single layers, in the order given, wherever they lie, with nothing in their place."""
-    refuse_lacking(shape, layers, f"layers {', '.join(map(str, layers))}")
     window = max(runs_of(layers), key=len)
     plain = most_similar(similarity, len(layers), recipe)
     how = {
@@ -101,15 +100,21 @@ def choose_layers(similarity: Similarity, shape: ModelShape, recipe: Recipe, lay
     return _plan(similarity, shape, recipe, Choice([window], plain, why, dropped))
 
 
-def least_influence(similarity: Similarity, recipe: Recipe, count: int) -> list[int]:
+def least_influence(similarity: Similarity, shape: ModelShape, recipe: Recipe, count: int) -> list[int]:
     """The layers of the least Block Influence, 1 - cosine of input and output (ShortGPT, arXiv 2403.03853)."""
-    cosines = similarity.of_layers()
-    return sorted(single_layers(similarity.num_layers, recipe), key=lambda layer: -cosines[layer])[:count]
+    cosines, found = similarity.of_layers(), list[int]()
+    for _ in range(count):
+        found.append(max(single_layers(shape, recipe, found), key=lambda layer: cosines[layer]))
+    return found
 
 
-def single_layers(depth: int, recipe: Recipe) -> range:
-    """The layers that are not protected."""
-    return range(recipe.protect_first, depth - recipe.protect_last)
+def single_layers(shape: ModelShape, recipe: Recipe, taken: Sequence[int]) -> list[int]:
+    """Those that may go next: not protected, not taken, and of a hybrid not the last of a sort. Errors: UserError."""
+    free = [one for one in range(recipe.protect_first, shape.num_layers - recipe.protect_last) if one not in taken]
+    found = [one for one in free if one not in last_ones(shape, taken)]
+    if not found:
+        refuse_lacking(shape, [*taken, *free], f"{len(taken) + 1} single layers")
+    return found
 
 
 def _plan(similarity: Similarity, shape: ModelShape, recipe: Recipe, choice: Choice) -> LayerPlan:
@@ -166,8 +171,10 @@ def candidates(shape: ModelShape, recipe: Recipe, taken: Sequence[Window] = ()) 
         return _given_windows(recipe, shape)
     lengths = split_evenly(net_layers(recipe, shape) + recipe.occupied, recipe.count)
     bounds = Window(start=recipe.protect_first, stop=shape.num_layers - recipe.protect_last)
-    places = places_for(bounds, lengths[len(taken) :], taken)
-    places = leaving_each(shape, places, recipe.each, taken)
+    left = lengths[len(taken) :]
+    if recipe.scattered:  # single layers, of which `least_influence` and the like spare the last of a sort
+        return places_for(bounds, left, taken)
+    places = leaving_each(shape, bounds, left, recipe.each, taken)
     return places[-1:] if recipe.select == "last" else places
 
 

@@ -26,8 +26,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from llm_streamline.architectures import RECURRING
 from llm_streamline.errors import UserError
-from llm_streamline.families import family_of, inner_width, layers_of, mixing, never_identity
+from llm_streamline.families import (
+    family_of,
+    inner_width,
+    kinds_of_layers,
+    layers_of,
+    mixing,
+    never_identity,
+)
 from llm_streamline.forward import LayerCall
 from llm_streamline.networks import NETWORKS, NetworkLayer, start
 from llm_streamline.offload import onloaded
@@ -101,10 +109,15 @@ def copied(layer: nn.Module) -> nn.Module:
 
 
 def network_spec(replace: str, config: PretrainedConfig) -> dict[str, Any] | None:
-    """What `networks.NetworkLayer` is made from; None for replacements of the model's own layers."""
+    """What `networks.NetworkLayer` is made from; None for replacements of the model's own layers. Errors: UserError."""
     kind, _, form = replace.partition(":")
     if kind not in NETWORKS or replace == FOLDED:
         return None
+    if {*RECURRING, "hybrid"} & {*(kinds_of_layers(config) or ())}:
+        raise UserError(
+            f"--replace {replace} puts a network in a layer's place, which the cache of a model whose layers recur "
+            f"cannot hold ({config.model_type!r}); use --replace layer or none."
+        )
     width = config.hidden_size
     inner = 4 * width if kind == "ffn" else inner_width(config)
     eps = getattr(config, "rms_norm_eps", 1e-6)

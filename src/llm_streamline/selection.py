@@ -101,7 +101,7 @@ def single(work: Workspace, similarity: Similarity) -> list[int]:
     """Single layers that go, in the order in which they were chosen. Errors: UserError."""
     recipe, count = work.recipe, net_layers(work.recipe, work.shape)
     if recipe.select == "influence":
-        return least_influence(similarity, recipe, count)
+        return least_influence(similarity, work.shape, recipe, count)
     if work.offloads:
         raise UserError(
             f"--select greedy reads the model {count} times over, and it does not fit in memory; "
@@ -115,7 +115,7 @@ def one_by_one(work: Workspace, count: int) -> list[int]:
     work.share()
     model, batch, gone = work.world.attempt(lambda: work.model), work.batch(FORWARD_TOKENS // 2), list[int]()
     for _ in range(count):
-        left = [layer for layer in single_layers(work.shape.num_layers, work.recipe) if layer not in gone]
+        left = single_layers(work.shape, work.recipe, gone)
         windows = [Window(start=layer, stop=layer + 1) for layer in left]
         with without(model, runs_of(gone)):
             found = rank(model, work.parts.calibration, batch, windows, "loss", work.runtime.quiet, work.world)

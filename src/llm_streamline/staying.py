@@ -10,6 +10,7 @@ from llm_streamline.architectures import RECURRING
 from llm_streamline.errors import UserError
 from llm_streamline.families import kinds_of_layers
 from llm_streamline.records import ModelShape, Window
+from llm_streamline.windows import places_for
 
 
 def sorts(config: PretrainedConfig) -> list[list[int]]:
@@ -20,15 +21,31 @@ def sorts(config: PretrainedConfig) -> list[list[int]]:
     return [attending, recurring] if attending and recurring else []
 
 
-def leaving_each(shape: ModelShape, windows: Sequence[Window], each: int, taken: Sequence[Window]) -> list[Window]:
-    """The windows after which layers of each sort stay, once those taken have gone too.
+def leaving_each(
+    shape: ModelShape, bounds: Window, lengths: Sequence[int], each: int, taken: Sequence[Window]
+) -> list[Window]:
+    """Where a window of the first length can lie, so that layers of each sort stay wherever the others then do.
 
-    Errors: UserError where there is none.
+    Errors: UserError where there is no such place.
     """
-    found = [one for one in windows if not _lost(shape, gone([*taken, one], each))]
-    if windows and not found:
-        refuse_lacking(shape, gone([*taken, windows[0]], each), f"a window such as {windows[0]}")
+    places = places_for(bounds, lengths, taken)
+    found = [one for one in places if _can_follow(shape, bounds, lengths[1:], each, [*taken, one])]
+    if places and not found:
+        raise UserError(_lost_wherever(shape, f"a window such as {places[0]}"))
     return found
+
+
+def _can_follow(shape: ModelShape, bounds: Window, lengths: Sequence[int], each: int, taken: Sequence[Window]) -> bool:
+    if not lengths or not shape.sorts:
+        return not _lost(shape, gone(taken, each))
+    places = places_for(bounds, lengths, taken)
+    return any(_can_follow(shape, bounds, lengths[1:], each, [*taken, one]) for one in places)
+
+
+def last_ones(shape: ModelShape, without: Sequence[int]) -> set[int]:
+    """Layers that are the last of their sort once some have gone."""
+    left = (set(sort) - set(without) for sort in shape.sorts)
+    return set().union(*(some for some in left if len(some) == 1))
 
 
 def gone(windows: Iterable[Window], each: int) -> list[int]:
@@ -38,11 +55,16 @@ def gone(windows: Iterable[Window], each: int) -> list[int]:
 
 def refuse_lacking(shape: ModelShape, without: Sequence[int], what: str) -> None:
     """Errors: UserError where none of a sort would stay."""
-    if lost := _lost(shape, without):
-        raise UserError(
-            f"with {what} none of layers {', '.join(map(str, lost))} stays, and a hybrid needs one that attends and "
-            "one that recurs, or it cannot generate with a cache; remove fewer layers, or others."
-        )
+    if _lost(shape, without):
+        raise UserError(_lost_wherever(shape, what))
+
+
+def _lost_wherever(shape: ModelShape, what: str) -> str:
+    fewest = min(shape.sorts, key=len)
+    return (
+        f"with {what} none of layers {', '.join(map(str, fewest))} stays, and a hybrid needs one that attends and "
+        "one that does not, or it cannot generate with a cache; remove fewer layers, or others."
+    )
 
 
 def _lost(shape: ModelShape, without: Sequence[int]) -> list[int]:

@@ -6,25 +6,27 @@ Its weights are the same to the bit. What is written is loaded again, and must p
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers.models.auto import modeling_auto
 
-from llm_streamline.checkpoint import Source, load_model, load_tokenizer, read_config, without_weights
+from llm_streamline.architectures import FURTHER_TOKENS_KEYS
+from llm_streamline.checkpoint import Source, files_of, load_model, load_tokenizer, read_config, without_weights
 from llm_streamline.errors import UserError, reason
 from llm_streamline.families import NOT_PROVEN, has_row
 from llm_streamline.files import atomic
+from llm_streamline.inventory import headers
+from llm_streamline.progress import say
 from llm_streamline.record import Record
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _TOLERANCE = 1e-5  # largest difference of a logit, relative to the largest
-_TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*")
+_GENERATING = ("IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", "CAUSAL_LM")  # the second is not in older versions
 _RIGHTS = ("LICENSE*", "NOTICE*")
 
 
@@ -56,7 +58,7 @@ def write_text_model(source: Source, output: Path) -> TextModel:
         if not error <= _TOLERANCE:  # also true of nan
             raise UserError(
                 f"the text model in {source.name} predicts something else alone than in the whole (logits differ by "
-                f"{error:.2g} relative), so that nothing was written; give a model that is one of text."
+                f"{error:.2g} relative), so that nothing was written; give a model of text."
             )
     parameters = text.num_parameters()
     return TextModel(
@@ -73,7 +75,7 @@ def _text_config(source: Source, config: PretrainedConfig) -> PretrainedConfig:
     found = config.get_text_config(decoder=True)
     if found is config:
         raise UserError(f"{source.name} is a model of text alone ({config.model_type!r}); give it as it is.")
-    if any(getattr(one, "quantization_config", None) for one in (config, found)):
+    if any(getattr(one, key, None) for one in (config, found) for key in ("quantization_config", "compression_config")):
         raise UserError(f"{source.name} is quantised, and cannot be cut; give the model it was made from.")
     if not has_row(found):
         raise UserError(
@@ -84,10 +86,12 @@ def _text_config(source: Source, config: PretrainedConfig) -> PretrainedConfig:
 
 def _load(source: Source, config: PretrainedConfig) -> PreTrainedModel:
     """The whole model, in its own number format. Errors: UserError."""
-    known: Any = (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING)
-    kind = next((one[type(config)] for one in known if type(config) in one), None)
+    tables: list[Any] = [getattr(modeling_auto, f"MODEL_FOR_{name}_MAPPING", {}) for name in _GENERATING]
+    kind = next((one[type(config)] for one in tables if type(config) in one), None)
     if kind is None:
-        raise UserError(f"{source.name} is of type {config.model_type!r}, which generates no text; give another.")
+        raise UserError(
+            f"{source.name} is of type {config.model_type!r}, which cannot be taken apart here; give a model of text."
+        )
     try:
         model, loading = kind.from_pretrained(
             source.path, dtype="auto", use_safetensors=None if source.allow_pickle else True, output_loading_info=True
@@ -102,14 +106,19 @@ def _load(source: Source, config: PretrainedConfig) -> PreTrainedModel:
 def _inner(source: Source, whole: PreTrainedModel, config: PretrainedConfig) -> PreTrainedModel:
     """A causal LM that has the whole's decoder and head, not copies of them. Errors: UserError."""
     decoder, head = whole.get_decoder(), whole.get_output_embeddings()
+    if head is None:
+        raise UserError(f"no head is found in {source.name}, which cannot be taken apart here; give a model of text.")
+    for key in FURTHER_TOKENS_KEYS:
+        if getattr(config, key, None):
+            setattr(config, key, 0)
     config.tie_word_embeddings = head.weight is decoder.get_input_embeddings().weight
     config.dtype = whole.dtype
     text = without_weights(config)
     base = text.base_model
     if type(base) is not type(decoder):
         raise UserError(
-            f"no {type(base).__name__} is found in {source.name}, which is what model type {config.model_type!r} has; "
-            "give a model that is one of text."
+            f"no {type(base).__name__}, as model type {config.model_type!r} has, is found in {source.name}, which "
+            "cannot be taken apart here; give a model of text."
         )
     setattr(text, text.base_model_prefix, decoder)
     text.set_output_embeddings(head)
@@ -120,15 +129,15 @@ def _write(source: Source, text: PreTrainedModel, folder: Path, generation: Gene
     text.save_pretrained(folder)
     if generation is not None:  # as it is: transformers refuses to save settings that contradict one another
         (folder / "generation_config.json").write_text(generation.to_json_string(), encoding="utf-8")
-    if is_local(source):
-        for path in _beside(source, (*_TOKENIZER, *_RIGHTS)):
-            shutil.copyfile(path, folder / path.name)
-    else:
-        load_tokenizer(source, text.config.vocab_size).save_pretrained(folder)
-
-
-def is_local(source: Source) -> bool:
-    return Path(source.path).is_dir()
+    load_tokenizer(source, text.config.vocab_size).save_pretrained(folder)
+    for path in filter(Path.is_file, (path for rights in _RIGHTS for path in Path(source.path).glob(rights))):
+        shutil.copyfile(path, folder / path.name)
+    further = sorted(name for name in headers(files_of(source)) if "mtp" in name.split("."))
+    if further:
+        say(
+            f"{len(further)} stored tensors predict tokens after the next one and are left out, such as {further[0]}",
+            False,
+        )
 
 
 @torch.no_grad()
@@ -144,7 +153,3 @@ def _plain_tokens(config: PretrainedConfig, vocabulary: int) -> Tensor:
     named = {value for key, value in config.to_dict().items() if "token" in key and isinstance(value, int)}
     plain = torch.tensor([token for token in range(vocabulary) if token not in named])
     return plain[torch.randint(len(plain), (2, 32), generator=torch.Generator().manual_seed(0))]
-
-
-def _beside(source: Source, patterns: Iterable[str]) -> Iterable[Path]:
-    return (path for pattern in patterns for path in sorted(Path(source.path).glob(pattern)) if path.is_file())

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from scipy import stats
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 
 from llm_streamline.evaluation import Interval, Size, Timing
 from llm_streamline.progress import progress, say
@@ -46,14 +46,20 @@ Round = tuple[float, float]  # seconds of prefill and of decode
 def one_round(model: PreTrainedModel, load: Load) -> Round:
     """Read a prompt of one and the same token each, then write greedily with the cache."""
     ids = torch.ones(load.batch, load.prompt, dtype=torch.long, device=model.device)
-    last_only = _last_logits_only(model)
+    given: dict[str, Any] = {"use_cache": True, **_last_logits_only(model), **_empty_cache(model)}
     start = _now(model)
-    out = model(input_ids=ids, use_cache=True, **last_only)
+    out = model(input_ids=ids, **given)
     read = _now(model)
     for _ in range(load.new):
         token: Tensor = out.logits[:, -1:].argmax(dim=-1)
-        out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True, **last_only)
+        out = model(input_ids=token, **given)
     return read - start, _now(model) - read
+
+
+def _empty_cache(model: PreTrainedModel) -> dict[str, Cache]:
+    """What a model remembers by, under the name that it takes it by; not all of them hand it out."""
+    name = "cache_params" if "cache_params" in inspect.signature(model.forward).parameters else "past_key_values"
+    return {name: DynamicCache(config=model.config)}
 
 
 def _last_logits_only(model: PreTrainedModel) -> dict[str, int]:
@@ -136,8 +142,9 @@ def cache_bytes(model: PreTrainedModel, context: int) -> float | None:
     """Bytes of KV cache per token of one prompt; None where the cache is of a kind that does not tell."""
     load = loads(context)[0]
     ids = torch.ones(1, load.prompt, dtype=torch.long, device=model.device)
-    layers = getattr(model(input_ids=ids, use_cache=True).past_key_values, "layers", None)
-    if layers is None:
+    ((name, cache),) = _empty_cache(model).items()
+    model(input_ids=ids, use_cache=True, **{name: cache})
+    if (layers := getattr(cache, "layers", None)) is None:
         return None
     held = [
         value for layer in layers for value in vars(layer).values() if isinstance(value, Tensor) and value.dim() > 1
