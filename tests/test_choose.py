@@ -153,7 +153,8 @@ def test_of_a_hybrids_layers_one_of_each_sort_stays():
     best = similarity({3: 3, 4: 3})  # a window that takes both layers that attend, the first of them for its stand-in
     assert choose(best, HYBRID, Recipe(model="m", remove="2")).window == Window(start=3, stop=6)
     without = choose(best, HYBRID, Recipe(model="m", remove="3", replace="none"))
-    assert without.window != Window(start=3, stop=6) == choose(best, SHAPE, Recipe(model="m", window="3:6")).window
+    freely = choose(best, SHAPE, Recipe(model="m", remove="3", replace="none"))
+    assert freely.window == Window(start=3, stop=6) != without.window
 
 
 @pytest.mark.parametrize(
@@ -167,6 +168,15 @@ def test_of_a_hybrids_layers_one_of_each_sort_stays():
 def test_what_takes_all_of_a_sort_is_refused(recipe, words):
     with pytest.raises(UserError, match=words):
         check_request(HYBRID, Recipe(model="m", **recipe))
+
+
+def test_the_sort_that_is_named_is_the_one_that_goes():
+    shape = SHAPE.model_copy(update={"sorts": [[0], [1, 2, 3, 4, 5, 6, 7]]})
+    with pytest.raises(UserError, match="with --window 1:8 none of layers 1, 2, 3, 4, 5, 6, 7 stays"):
+        check_request(shape, Recipe(model="m", window="1:8", replace="none", protect_last=0))
+    both = SHAPE.model_copy(update={"sorts": [[0, 3, 4, 7], [1, 2, 5, 6]]})
+    with pytest.raises(UserError, match="with windows such as 1:4 and 5:7 none of layers 1, 2, 5, 6 stays"):
+        check_request(both, Recipe(model="m", remove="5", windows=2, replace="none", protect_first=1, protect_last=1))
 
 
 def test_of_single_layers_the_last_of_a_sort_is_spared():

@@ -369,7 +369,7 @@ def test_every_kind_that_is_listed_as_refused_is_refused_for_what_is_listed(monk
     monkeypatch.setattr(families, "find_stack", lambda model: None)
     monkeypatch.setattr(families.AutoModelForCausalLM, "from_config", lambda config: None)
     refused = [one for one in families.known_families() if one["status"] == "refused"]
-    assert len(refused) > 50
+    assert len(refused) > (80 if NEWER else 50)
     for one in refused:
         kind = CONFIG_MAPPING[one["model_type"]]
         config = kind.__new__(kind)  # not all can be made without being told anything

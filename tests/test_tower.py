@@ -1,4 +1,4 @@
-"""The text model that is taken out of one that sees: the same weights, and what the whole predicts of text."""
+"""The text model that is taken out of one that sees or hears: the same weights, and what the whole predicts of text."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests import tiny
 
 _SIGLIP = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 _PICTURES = {"image_size": 16, "patch_size": 4, "num_channels": 3}
-VISION = {
+WHOLES = {
     "gemma3": {"text": "gemma3_text", "vision_config": {**_SIGLIP, **_PICTURES}, "mm_tokens_per_image": 4},
     "mistral3": {"text": "mistral", "vision_config": {"model_type": "pixtral", **_SIGLIP, **_PICTURES}},
     "llava": {"text": "llama-tied", "vision_config": {"model_type": "clip_vision_model", **_SIGLIP, **_PICTURES}},
@@ -41,8 +41,8 @@ VISION = {
 
 
 def seeing_folder(folder: Path, kind: str) -> Path:
-    """A folder with a tiny model that sees, and its tokenizer."""
-    own = dict(VISION[kind])
+    """A folder with a tiny model that sees or hears, and its tokenizer."""
+    own = dict(WHOLES[kind])
     text = tiny.CONFIGS[own.pop("text")]
     tokens = {"image_token_id": tiny.VOCABULARY - 1, "tie_word_embeddings": text.tie_word_embeddings}
     config = AutoConfig.for_model(kind, text_config=text.to_dict(), **own, **tokens)
@@ -61,7 +61,7 @@ def whole(tmp_path):
     return lambda kind: seeing_folder(tmp_path / "whole", kind)
 
 
-@pytest.mark.parametrize("kind", VISION)
+@pytest.mark.parametrize("kind", WHOLES)
 def test_the_text_model_is_the_wholes_to_the_bit(kind, whole, tmp_path):
     folder, ids = whole(kind), tiny.random_ids(2, 30)[:, :-1] % (tiny.VOCABULARY - 1)
     found = tower.write_text_model(Source(str(folder)), tmp_path / "text")

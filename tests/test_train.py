@@ -51,6 +51,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(value, other[key]) for key, value in one.items())
 
 
+SLOW = ["olmo_hybrid", "lfm3"]  # learn less from so few steps
 TWO = ["llama", "opt", "gemma2", "qwen3_moe"]  # of which two layers are trained, too
 
 
@@ -59,7 +60,7 @@ def test_training_lowers_the_loss_and_touches_only_the_replacement(name, occupie
     found = trainer(name, occupied, init="random", lr=3e-3)
     before = {key: value.clone() for key, value in found.model.state_dict().items()}
     fit = found.fit(tiny.random_ids(40, 32), tiny.random_ids(4, 32, seed=1))
-    assert fit.validation_best < 0.95 * fit.validation_before
+    assert fit.validation_best < (0.95 if name in SLOW else 0.9) * fit.validation_before
     assert found.validate(tiny.random_ids(4, 32, seed=1)) == pytest.approx(fit.validation_best, rel=1e-5)
     assert same(before, found.model.state_dict())
     assert all(parameter.grad is None for parameter in found.model.parameters())

@@ -25,7 +25,7 @@ from llm_streamline.stored import open_stored
 
 BUNDLED = "bundled"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # those of models that can be trained and cut
-_QUANTISED = ("quantization_config", "compression_config")
+QUANTISED = ("quantization_config", "compression_config")
 _REMOTE = "trust_remote_code"
 _BUNDLED_MODEL = Path(__file__).parent / "demo" / "model"
 
@@ -56,7 +56,7 @@ def load_config(source: Source) -> PretrainedConfig:
             f"{source.name} would run model code of its own, which is {NOT_PROVEN}; "
             "leave out --trust-remote-code to use the code in transformers."
         )
-    if any(getattr(config, key, None) for key in _QUANTISED):
+    if any(getattr(config, key, None) for key in QUANTISED):
         raise UserError(_quantised(source, _method(config)))
     if getattr(config, "dtype", None) not in (None, *DTYPES):
         raise UserError(
@@ -95,7 +95,7 @@ def _quantised(source: Source, how: str) -> str:
 
 
 def _method(config: PretrainedConfig) -> str:
-    given = next(value for key in _QUANTISED if (value := getattr(config, key, None)))
+    given = next(value for key in QUANTISED if (value := getattr(config, key, None)))
     given = given if isinstance(given, dict) else vars(given)
     return str(getattr(given.get("quant_method"), "value", given.get("quant_method")) or "of unknown method")
 

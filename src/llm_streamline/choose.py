@@ -111,7 +111,8 @@ def least_influence(similarity: Similarity, shape: ModelShape, recipe: Recipe, c
 def single_layers(shape: ModelShape, recipe: Recipe, taken: Sequence[int]) -> list[int]:
     """Those that may go next: not protected, not taken, and of a hybrid not the last of a sort. Errors: UserError."""
     free = [one for one in range(recipe.protect_first, shape.num_layers - recipe.protect_last) if one not in taken]
-    found = [one for one in free if one not in last_ones(shape, taken)]
+    spared = last_ones(shape, taken)
+    found = [one for one in free if one not in spared]
     if not found:
         refuse_lacking(shape, [*taken, *free], f"{len(taken) + 1} single layers")
     return found

@@ -22,11 +22,7 @@ def losses_of(source: Source, config: PretrainedConfig, dtype: torch.dtype | Non
     left_out, wider = check_fit(source, config), rounded(source, dtype) if dtype else []
     further = further_tokens(source, config)
     left_out = [name for name in left_out if name not in further]
-    notes = []
-    if further:
-        notes.append(
-            f"{len(further)} stored tensors predict tokens after the next one and are left out, such as {further[0]}"
-        )
+    notes = [further_said(further)] if further else []
     if left_out:
         notes.append(
             f"{len(left_out)} stored tensors have no place in the model and are left out, such as {left_out[0]}"
@@ -51,6 +47,10 @@ def further_tokens(source: Source, config: PretrainedConfig) -> list[str]:
         return name.startswith(prefix) and number.isdigit() and int(number) >= after
 
     return sorted(name for name in headers(files_of(source)) if "mtp" in name.split(".") or beyond(name))
+
+
+def further_said(names: list[str]) -> str:
+    return f"{len(names)} stored tensors predict tokens after the next one and are left out, such as {names[0]}"
 
 
 def rounded(source: Source, dtype: torch.dtype) -> list[str]:

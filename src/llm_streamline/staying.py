@@ -24,14 +24,18 @@ def sorts(config: PretrainedConfig) -> list[list[int]]:
 def leaving_each(
     shape: ModelShape, bounds: Window, lengths: Sequence[int], each: int, taken: Sequence[Window]
 ) -> list[Window]:
-    """Where a window of the first length can lie, so that layers of each sort stay wherever the others then do.
+    """Where a window of the first length can lie, so that the others find places that leave layers of each sort.
 
     Errors: UserError where there is no such place.
     """
     places = places_for(bounds, lengths, taken)
     found = [one for one in places if _can_follow(shape, bounds, lengths[1:], each, [*taken, one])]
-    if places and not found:
-        raise UserError(_lost_wherever(shape, f"a window such as {places[0]}"))
+    if places and not found:  # wherever they lie: the first places are as good an example as any
+        windows = [*taken]
+        for number in range(len(lengths)):
+            windows.append(places_for(bounds, lengths[number:], windows)[0])
+        named = " and ".join(map(str, windows[len(taken) :]))
+        refuse_lacking(shape, gone(windows, each), f"{'windows' if len(lengths) > 1 else 'a window'} such as {named}")
     return found
 
 
@@ -55,16 +59,11 @@ def gone(windows: Iterable[Window], each: int) -> list[int]:
 
 def refuse_lacking(shape: ModelShape, without: Sequence[int], what: str) -> None:
     """Errors: UserError where none of a sort would stay."""
-    if _lost(shape, without):
-        raise UserError(_lost_wherever(shape, what))
-
-
-def _lost_wherever(shape: ModelShape, what: str) -> str:
-    fewest = min(shape.sorts, key=len)
-    return (
-        f"with {what} none of layers {', '.join(map(str, fewest))} stays, and a hybrid needs one that attends and "
-        "one that does not, or it cannot generate with a cache; remove fewer layers, or others."
-    )
+    if lost := _lost(shape, without):
+        raise UserError(
+            f"with {what} none of layers {', '.join(map(str, lost))} stays, and a hybrid needs one that attends and "
+            "one that does not, or it cannot generate with a cache; remove fewer layers, or others."
+        )
 
 
 def _lost(shape: ModelShape, without: Sequence[int]) -> list[int]:

@@ -14,11 +14,11 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from llm_streamline.architectures import FURTHER_TOKENS_KEYS
-from llm_streamline.checkpoint import Source, files_of, load_model, load_tokenizer, read_config, without_weights
+from llm_streamline.checkpoint import QUANTISED, Source, load_model, load_tokenizer, read_config, without_weights
 from llm_streamline.errors import UserError, reason
 from llm_streamline.families import NOT_PROVEN, has_row
+from llm_streamline.fidelity import further_said, further_tokens
 from llm_streamline.files import atomic
-from llm_streamline.inventory import headers
 from llm_streamline.progress import say
 from llm_streamline.record import Record
 
@@ -75,7 +75,7 @@ def _text_config(source: Source, config: PretrainedConfig) -> PretrainedConfig:
     found = config.get_text_config(decoder=True)
     if found is config:
         raise UserError(f"{source.name} is a model of text alone ({config.model_type!r}); give it as it is.")
-    if any(getattr(one, key, None) for one in (config, found) for key in ("quantization_config", "compression_config")):
+    if any(getattr(one, key, None) for one in (config, found) for key in QUANTISED):
         raise UserError(f"{source.name} is quantised, and cannot be cut; give the model it was made from.")
     if not has_row(found):
         raise UserError(
@@ -132,12 +132,8 @@ def _write(source: Source, text: PreTrainedModel, folder: Path, generation: Gene
     load_tokenizer(source, text.config.vocab_size).save_pretrained(folder)
     for path in filter(Path.is_file, (path for rights in _RIGHTS for path in Path(source.path).glob(rights))):
         shutil.copyfile(path, folder / path.name)
-    further = sorted(name for name in headers(files_of(source)) if "mtp" in name.split("."))
-    if further:
-        say(
-            f"{len(further)} stored tensors predict tokens after the next one and are left out, such as {further[0]}",
-            False,
-        )
+    if further := further_tokens(source, text.config):
+        say(further_said(further), False)
 
 
 @torch.no_grad()

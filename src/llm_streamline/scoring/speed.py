@@ -46,20 +46,23 @@ Round = tuple[float, float]  # seconds of prefill and of decode
 def one_round(model: PreTrainedModel, load: Load) -> Round:
     """Read a prompt of one and the same token each, then write greedily with the cache."""
     ids = torch.ones(load.batch, load.prompt, dtype=torch.long, device=model.device)
-    given: dict[str, Any] = {"use_cache": True, **_last_logits_only(model), **_empty_cache(model)}
+    given: dict[str, Any] = {"use_cache": True, **_last_logits_only(model)}
     start = _now(model)
     out = model(input_ids=ids, **given)
+    if not _handed_out(out):  # some fill only what they are given
+        given["past_key_values"] = DynamicCache(config=model.config)
+        start = _now(model)
+        out = model(input_ids=ids, **given)
     read = _now(model)
     for _ in range(load.new):
         token: Tensor = out.logits[:, -1:].argmax(dim=-1)
-        out = model(input_ids=token, **given)
+        out = model(input_ids=token, **given | _handed_out(out))
     return read - start, _now(model) - read
 
 
-def _empty_cache(model: PreTrainedModel) -> dict[str, Cache]:
-    """What a model remembers by, under the name that it takes it by; not all of them hand it out."""
-    name = "cache_params" if "cache_params" in inspect.signature(model.forward).parameters else "past_key_values"
-    return {name: DynamicCache(config=model.config)}
+def _handed_out(out: Any) -> dict[str, Cache]:
+    """What a model remembers by, under the name that it takes it by; none where it does not hand it out."""
+    return {name: out[name] for name in ("past_key_values", "cache_params") if out.get(name) is not None}
 
 
 def _last_logits_only(model: PreTrainedModel) -> dict[str, int]:
@@ -142,8 +145,7 @@ def cache_bytes(model: PreTrainedModel, context: int) -> float | None:
     """Bytes of KV cache per token of one prompt; None where the cache is of a kind that does not tell."""
     load = loads(context)[0]
     ids = torch.ones(1, load.prompt, dtype=torch.long, device=model.device)
-    ((name, cache),) = _empty_cache(model).items()
-    model(input_ids=ids, use_cache=True, **{name: cache})
+    cache = next(iter(_handed_out(model(input_ids=ids, use_cache=True)).values()), None)
     if (layers := getattr(cache, "layers", None)) is None:
         return None
     held = [
