@@ -80,7 +80,7 @@ def tried_with_what(recipe: Recipe) -> str | None:
 
 
 def temperature_of_nothing(recipe: Recipe) -> str | None:
-    parts = [*recipe.objective.parts, *(parse_objective(recipe.heal_loss).parts if recipe.heals else ())]
+    parts = [*recipe.objective.parts, *(parse_objective(recipe.heal_loss_used).parts if recipe.heals else ())]
     if recipe.temperature is not None and all(part.kind != "kl" for part in parts):
         return f"--temperature {recipe.temperature:g} is for --loss kl, not {recipe.loss_used}; leave it out"
     return None
@@ -133,7 +133,7 @@ def nothing_to_heal(recipe: Recipe) -> str | None:
 
 
 def unseen_above(recipe: Recipe) -> str | None:
-    wanted, parts = parse_heal(recipe.heal), parse_objective(recipe.heal_loss).parts
+    wanted, parts = parse_heal(recipe.heal), parse_objective(recipe.heal_loss_used).parts
     if wanted and wanted.above and not all(part.above for part in parts):
         return (
             f"--heal {recipe.heal} trains what only a loss of logits sees, and --heal-loss is {recipe.heal_loss}; use "

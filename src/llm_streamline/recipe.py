@@ -8,7 +8,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from llm_streamline.conflicts import CHECKS
 from llm_streamline.heal import check_heal, parse_heal
-from llm_streamline.objective import LOSS, STATES_ONLY, Objective, check_loss, parse_objective
+from llm_streamline.objective import LOGITS_ONLY, LOSS, STATES_ONLY, Objective, check_loss, parse_objective
 from llm_streamline.presets import PRESETS
 from llm_streamline.quantities import Count, Fraction
 from llm_streamline.replace import ONE_OF_ITS_OWN, check_replace
@@ -143,8 +143,10 @@ class Recipe(Schema):
     heal_share: float = Field(
         0.9, gt=0, lt=1, description="With --heal: its share of the training tokens; all where nothing else trains."
     )
-    heal_loss: Annotated[str, AfterValidator(check_loss)] = Field(
-        "kl", description="With --heal: its loss, as --loss takes it, of the states after the last layer or the logits."
+    heal_loss: Annotated[str | None, AfterValidator(check_loss)] = Field(
+        None,
+        description="With --heal: its loss, as --loss takes it, of the states after the last layer or the logits. "
+        f"[default: {LOSS}; {LOGITS_ONLY} where the norm or the head trains]",
     )
     heal_lr: float | None = Field(
         None,
@@ -157,7 +159,7 @@ class Recipe(Schema):
     )
     batch: Count | None = Field(
         None,
-        description="Sequences per micro-batch. [default: by memory, for 1000 steps or more of 16k tokens or fewer]",
+        description="Sequences per micro-batch. [default: by memory, for 800 steps or more of 16k tokens or fewer]",
     )
     epochs: Count = Field(1, description="How often the training tokens are gone through, each time in another order.")
     accumulate: Count = Field(1, description="Micro-batches per optimizer step.")
@@ -220,7 +222,7 @@ class Recipe(Schema):
     @property
     def healing(self) -> Recipe:
         """The settings of healing, where this recipe's are those of the replacement's training."""
-        own = {"loss": self.heal_loss, "lr": self.heal_lr or self.lr, "min_lr": None}
+        own = {"loss": self.heal_loss_used, "lr": self.heal_lr or self.lr, "min_lr": None}
         if self.heal.startswith("lora"):
             own["optimizer"] = "adamw"  # an orthogonal step of one factor makes no such step of their product
         return self.model_copy(update=own)
@@ -233,6 +235,12 @@ class Recipe(Schema):
     def loss_used(self) -> str:
         """The loss asked for, or the default where the model is held; a closed form has one of states alone."""
         return self.loss or (STATES_ONLY if self.solved else LOSS)
+
+    @property
+    def heal_loss_used(self) -> str:
+        """The loss of healing asked for, or the default; norm and head are nothing to a loss of states."""
+        heal = parse_heal(self.heal)
+        return self.heal_loss or (LOGITS_ONLY if heal and heal.above else LOSS)
 
     @property
     def from_disk(self) -> Recipe:
