@@ -1,7 +1,8 @@
 """The rows of `bench.quality` as a table: every method beside one of them, with paired bootstrap intervals.
 
-`python -m bench.quality_table ROWS [--against default]`. Documents (or questions) and seeds are drawn
-together, the same for both methods of a pair, so that what is common to them falls out.
+`python -m bench.quality_table ROWS [--against default] [--costs]`. Documents (or questions) and seeds are drawn
+together, the same for both methods of a pair, so that what is common to them falls out. --costs adds what each took:
+memory is told right by a row that a process of its own has measured.
 """
 
 from __future__ import annotations
@@ -120,10 +121,29 @@ def validation(methods: dict[str, list[Row]]) -> None:
         print(f"| `{name}` | {windows} | {rows[0]['trained']:,} | {mean:.4f} | {each} | {seconds:.0f} |")
 
 
+def costs(methods: dict[str, list[Row]], against: str) -> None:
+    """Seconds and memory, also as so many times what the first takes, as in the paper's Table 6.
+
+    Of seconds the fewest of all seeds, to which others' work on a machine only adds; of memory the most, as what a
+    process holds of rows before is not counted again.
+    """
+    print("\n| method | trained | training, s | times | all stages, CPU s | times | memory, MB | times |")
+    print("|---|---|---|---|---|---|---|---|")
+    keys = (("training_seconds", min), ("cpu_seconds", min), ("memory", max))
+    taken = {name: [of(row[key] for row in rows) for key, of in keys] for name, rows in methods.items()}
+    for name in sorted(taken, key=lambda name: taken[name][1]):
+        ratios = [own / first for own, first in zip(taken[name], taken[against], strict=True)]
+        training, cpu, memory = taken[name]
+        shown = zip((training, cpu, memory / 1e6), ratios, strict=True)
+        cells = "".join(f" {value:.0f} | {ratio:.2f} |" for value, ratio in shown)
+        print(f"| `{name}` ({len(methods[name])}) | {methods[name][0]['trained']:,} |{cells}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", type=Path)
     parser.add_argument("--against", default="default")
+    parser.add_argument("--costs", action="store_true")
     options = parser.parse_args()
     dense, found = read(options.rows)
     for remove, methods in found.items():
@@ -132,6 +152,8 @@ def main() -> None:
         if dense.get("documents") and options.against in methods:
             print()
             table(dense, methods, options.against)
+        if options.costs and options.against in methods:
+            costs(methods, options.against)
 
 
 if __name__ == "__main__":
