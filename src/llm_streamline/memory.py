@@ -12,7 +12,7 @@ import psutil
 from llm_streamline.recipe import Recipe
 
 FORWARD_TOKENS = 4096  # of a micro-batch where nothing is trained
-FEWEST_STEPS = 800
+FEWEST_STEPS = 1000
 LARGEST_BATCH_TOKENS = 16_384
 # of a container, as control groups of version 2 and 1 tell it from inside
 _LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
@@ -89,7 +89,7 @@ def alive_layers(recipe: Recipe, depth: int) -> int:
 def default_batch(blocks: tuple[int, int], accumulate: int, alive: tuple[int, int], memory: int) -> int:
     """Sequences per micro-batch of training on (N, T) token ids through so many layers of such a width.
 
-    At least 800 steps, at most 16k tokens a step, and what a quarter of memory holds.
+    At least 1000 steps, at most 16k tokens a step, and what a quarter of memory holds.
     """
     (count, block), (layers, width) = blocks, alive
     for_steps = count // (FEWEST_STEPS * accumulate)

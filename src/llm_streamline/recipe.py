@@ -159,7 +159,7 @@ class Recipe(Schema):
     )
     batch: Count | None = Field(
         None,
-        description="Sequences per micro-batch. [default: by memory, for 800 steps or more of 16k tokens or fewer]",
+        description="Sequences per micro-batch. [default: by memory, for 1000 steps or more of 16k tokens or fewer]",
     )
     epochs: Count = Field(1, description="How often the training tokens are gone through, each time in another order.")
     accumulate: Count = Field(1, description="Micro-batches per optimizer step.")
