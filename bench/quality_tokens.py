@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from statistics import median
 
 from bench.quality_table import Compared, read
 from llm_streamline.quantities import parse_count
 
 OURS = ("default", "healed")
+FAR = 4  # times the median at the largest budget: a method beyond that would flatten the others' lines
 
 
 def excesses(folders: dict[str, Path], remove: str) -> dict[str, dict[int, float]]:
@@ -36,15 +38,23 @@ def table(found: dict[str, dict[int, float]]) -> None:
 def draw(found: dict[str, dict[int, float]], file: Path) -> None:
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
-    for name, own in sorted(found.items(), key=lambda one: -one[1][max(one[1])]):
-        tokens, ours = sorted(own), name in OURS
-        style = {"linewidth": 2.4, "marker": "o"} if ours else {"linewidth": 1, "marker": ".", "alpha": 0.8}
-        axes.plot(tokens, [own[one] for one in tokens], label=name, **style)
-    axes.set(xscale="log", xlabel="training tokens", ylabel="excess loss, nats per held-out token")
+    last = {name: own[max(own)] for name, own in found.items()}
+    far = [name for name, excess in last.items() if excess > FAR * median(last.values())]
+    figure, axes = pyplot.subplots(figsize=(7.5, 4.4), layout="constrained")
+    axes.set_prop_cycle(color=pyplot.colormaps["tab20"].colors)
+    for name in sorted(set(last) - set(far), key=lambda name: -last[name]):
+        tokens, ours = sorted(found[name]), name in OURS
+        style = {"linewidth": 2.6, "marker": "o"} if ours else {"linewidth": 1.2, "marker": ".", "linestyle": "--"}
+        axes.plot(tokens, [found[name][one] for one in tokens], label=name, **style)
+    axes.set(xscale="log", ylim=(0, None), xlabel=_label(far, last), ylabel="excess loss, nats per held-out token")
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(file, dpi=110)
+
+
+def _label(far: list[str], last: dict[str, float]) -> str:
+    beyond = ", ".join(f"{name} {last[name]:.1f}" for name in far)
+    return "training tokens" + (f"\nbeyond the figure: {beyond}" if far else "")
 
 
 def main() -> None:
