@@ -132,7 +132,8 @@ def costs(methods: dict[str, list[Row]], against: str) -> None:
     keys = (("training_seconds", min), ("cpu_seconds", min), ("memory", max))
     taken = {name: [of(row[key] for row in rows) for key, of in keys] for name, rows in methods.items()}
     for name in sorted(taken, key=lambda name: taken[name][1]):
-        ratios = [own / first for own, first in zip(taken[name], taken[against], strict=True)]
+        pairs = zip(taken[name], taken[against], strict=True)
+        ratios = [own / first if first else float("nan") for own, first in pairs]  # what trains nothing takes 0 s
         training, cpu, memory = taken[name]
         shown = zip((training, cpu, memory / 1e6), ratios, strict=True)
         cells = "".join(f" {value:.0f} | {ratio:.2f} |" for value, ratio in shown)
