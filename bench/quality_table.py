@@ -1,8 +1,9 @@
 """The rows of `bench.quality` as a table: every method beside one of them, with paired bootstrap intervals.
 
 `python -m bench.quality_table ROWS [--against default] [--costs]`. Documents (or questions) and seeds are drawn
-together, the same for both methods of a pair, so that what is common to them falls out. --costs adds what each took:
-memory is told right by a row that a process of its own has measured.
+together, the same for both methods of a pair, so that what is common to them falls out. Rows of `bench.control` add
+what each method keeps over the dense model trained on the same text. --costs adds what each took: memory is told right
+by a row that a process of its own has measured.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from bench.quality import DENSE
 from bench.rows import SUFFIX, read_row
 
 DRAWS = 2000
+ONE_LAYER = 1.1  # what trains at most, in sizes of a decoder layer, where one layer is to stand for several
 Values = NDArray[np.float64]
 Row = dict[str, Any]
 
@@ -87,13 +89,30 @@ def _interval(
     return (float(np.percentile(found, 2.5)), float(np.percentile(found, 97.5)))
 
 
+def controls(dense: Row, methods: dict[str, list[Row]]) -> dict[str, float]:
+    """By method, its excess less that of the dense model with as much of it trained; empty without such rows."""
+    if not {"control", "control-all"} <= methods.keys():
+        return {}
+    layer = methods["control"][0]["trained"]
+    beside = {
+        name: "control" if rows[0]["trained"] <= ONE_LAYER * layer else "control-all" for name, rows in methods.items()
+    }
+    found = {}
+    for name, other in beside.items():
+        seeds = {row["seed"] for row in methods[name]} & {row["seed"] for row in methods[other]}
+        pair = ([row for row in methods[key] if row["seed"] in seeds] for key in (name, other))
+        if seeds:
+            own, base = (Compared(dense, rows).excess() for rows in pair)
+            found[name] = own - base
+    return found
+
+
 def table(dense: Row, methods: dict[str, list[Row]], against: str) -> None:
     names = [name for name in methods if methods[name][0].get("documents")]
-    print(
-        "| method | window | trained | excess, nats | minus the first | stability | minus | accuracy | minus | CPU s |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|---|")
-    first = Compared(dense, methods[against])
+    heads = ["method", "window", "trained", "excess, nats", "minus the first", "over the control"]
+    heads += ["stability", "minus", "accuracy", "minus", "CPU s"]
+    print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
+    first, over = Compared(dense, methods[against]), controls(dense, {name: methods[name] for name in names})
     for name in sorted(names, key=lambda name: Compared(dense, methods[name]).excess()):
         rows = [row for row in methods[name] if row["seed"] in first.seeds]
         one = Compared(dense, rows)
@@ -103,9 +122,10 @@ def table(dense: Row, methods: dict[str, list[Row]], against: str) -> None:
         shown = [f"[{a:+.4f}, {b:+.4f}]" if name != against else "" for a, b in zip(low, high, strict=True)]
         windows = "/".join(dict.fromkeys(row["window"] for row in rows))
         seconds = np.mean([row["cpu_seconds"] for row in rows])
+        above = f"{over[name]:.4f}" if name in over else ""
         print(
             f"| `{name}` ({len(rows)}) | {windows} | {rows[0]['trained']:,} | {one.excess():.4f} | {shown[0]} "
-            f"| {one.stability():.4f} | {shown[1]} | {one.accuracy():.4f} | {shown[2]} | {seconds:.0f} |"
+            f"| {above} | {one.stability():.4f} | {shown[1]} | {one.accuracy():.4f} | {shown[2]} | {seconds:.0f} |"
         )
 
 

@@ -1,0 +1,88 @@
+"""The tables that are made of measured rows."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from bench import quality_table, quality_tokens
+from bench.quality_table import Compared, differences, read
+from bench.rows import SUFFIX, write_row
+
+DOCUMENTS = ((20.0, 10), (60.0, 30))  # nats, tokens
+SPREAD, EVEN = [1.0, 3.0], [1.0, 1.0]  # PPL of a question's choices: the second weighs less (Eq. 5)
+
+
+def row(method: str, added: tuple[float, float], right: tuple[bool, bool], **values) -> dict:
+    documents = [[nats + more, tokens] for (nats, tokens), more in zip(DOCUMENTS, added, strict=True)]
+    items = [[ppl, one, one] for ppl, one in zip((SPREAD, EVEN), right, strict=True)]
+    own = {"method": method, "remove": "25%", "seed": 0, "documents": documents, "items": items, "window": "1:3"}
+    costs = {"cpu_seconds": 10.0, "training_seconds": 4.0, "memory": 2e6, "validation": 0.1}
+    return {**own, **costs, "trained": 100, **values}
+
+
+ROWS = {
+    "dense": row("dense", (0, 0), (True, False)),
+    "first-0": row("default", (4, 4), (True, False)),
+    "first-1": row("default", (8, 8), (True, False), seed=1, cpu_seconds=8.0),
+    "other-0": row("paper", (8, 8), (False, False), training_seconds=8.0),
+    "other-1": row("paper", (12, 12), (False, False), seed=1, training_seconds=6.0),
+    "every-0": row("healed", (0, 4), (True, True), trained=109),
+    "one-0": row("control", (-2, -2), (True, False), trained=99, window=""),
+    "one-1": row("control", (-6, -2), (True, False), trained=99, window="", seed=1),
+    "all-0": row("control-all", (-8, -4), (True, False), trained=900, window=""),
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name, values in ROWS.items():
+        write_row(tmp_path / f"{name}{SUFFIX}", values)
+    return tmp_path
+
+
+def test_figures_are_over_all_tokens_and_seeds(folder):
+    dense, found = read(folder)
+    default, paper = (Compared(dense, found["25%"][name]) for name in ("default", "paper"))
+    assert default.excess() == pytest.approx((8 + 16) / 2 / 40) and paper.excess() == pytest.approx((16 + 24) / 2 / 40)
+    assert default.stability() == 1 and default.accuracy() == 0.5
+    weight = pytest.approx(1 / (1 + 2.718281828 ** -(2**0.5)))  # of the first question, which spreads by sqrt(2)
+    assert 1 - paper.stability() == weight and paper.accuracy() == 0
+
+
+def test_a_constant_difference_has_no_interval_and_seeds_are_paired(folder):
+    dense, found = read(folder)
+    default, paper = (Compared(dense, found["25%"][name]) for name in ("default", "paper"))
+    default.tokens = paper.tokens = default.tokens * 0 + 20  # so that no document weighs more
+    gaps = differences(paper, default, quality_table.np.random.default_rng(0))
+    assert gaps["excess"] == pytest.approx((0.2, 0.2))  # seeds differ by as much, which falls out
+    assert gaps["accuracy"][0] == -1 and gaps["accuracy"][1] == 0  # one of two questions is drawn twice, or never
+
+
+def test_each_league_has_its_own_control_and_the_same_seeds(folder):
+    dense, found = read(folder)
+    over = quality_table.controls(dense, found["25%"])
+    assert over["default"] == pytest.approx(((8 + 4) + (16 + 8)) / 2 / 40)
+    assert over["healed"] == pytest.approx((4 + 12) / 40)
+    del found["25%"]["control-all"]
+    assert quality_table.controls(dense, found["25%"]) == {}
+
+
+def test_the_tables_show_them(folder, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["quality_table", str(folder), "--costs"])
+    quality_table.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert "| `default` (2) | 1:3 | 100 | 0.3000 |  | 0.4500 | 1.0000 |  | 0.5000 |  | 9 |" in lines
+    assert "| `paper` (2) | 100 | 6 | 1.50 | 10 | 1.25 | 2 | 1.00 |" in lines
+    widths = [[line.count("|") for line in lines[at : at + 3]] for at, line in enumerate(lines) if "| method" in line]
+    assert len(widths) == 3 and all(min(width) == max(width) for width in widths)
+
+
+def test_budgets_stand_beside_each_other_and_are_drawn(folder, tmp_path, capsys, monkeypatch):
+    figure = tmp_path / "tokens.png"
+    asked = ["quality_tokens", f"5k={folder}", f"500k={folder}", "--figure", str(figure)]
+    monkeypatch.setattr(sys, "argv", asked)
+    quality_tokens.main()
+    assert "| `default` | 0.3000 | 0.3000 |" in capsys.readouterr().out.splitlines()
+    assert figure.read_bytes().startswith(b"\x89PNG")
