@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from llm_streamline import run
 from llm_streamline.analyze import analyze
@@ -25,7 +26,7 @@ from llm_streamline.lock import run_lock
 from llm_streamline.parallel import ALONE, World
 from llm_streamline.rank import rank
 from llm_streamline.recipe import Recipe, Runtime
-from llm_streamline.records import Similarity, Window
+from llm_streamline.records import Fit, Similarity, Window
 from llm_streamline.snapshot import Snapshot
 from llm_streamline.workspace import MADE, RunFolder, Workspace
 from tests import tiny
@@ -307,6 +308,23 @@ def test_a_lost_worker_ends_the_first_with_a_snapshot_and_the_command_continues(
     assert [code for code, _, _ in found] == [0, 0], found
     assert f"resumed at step {step} of" in found[0][2]
     assert "resumed" not in found[1][2] and (tmp_path / "out" / "model").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("heal", ["all", "lora:2+norm"])
+def test_two_processes_heal_as_one_does(heal, llama_folder, text_file, tmp_path):
+    more = ["--tokens", "4k", "--heal", heal, "--loss", "nmse:0.3,kl:0.7", "--lr", "0.001"]
+    found = ended(start([*options(llama_folder, text_file, tmp_path / "two"), *more]))
+    assert [code for code, _, _ in found] == [0, 0], found
+    alone = [sys.executable, "-m", *options(llama_folder, text_file, tmp_path / "one"), *more]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(alone, env=environment, capture_output=True, timeout=120, check=True)
+    fits = [Fit.read(tmp_path / name / "healed" / "fit.json") for name in ("one", "two")]
+    assert fits[0].tokens == fits[1].tokens and fits[0].trained_parameters == fits[1].trained_parameters
+    assert fits[1].validation_best < fits[1].validation_before
+    assert fits[1].validation_best == pytest.approx(fits[0].validation_best, rel=1e-4)
+    one, two = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", "two"))
+    torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-4)
 
 
 if __name__ == "__main__":

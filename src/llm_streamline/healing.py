@@ -16,10 +16,10 @@ from llm_streamline.heal import HEAD, Heal, parse_heal
 from llm_streamline.records import Fit, LayerPlan, Window
 from llm_streamline.replacement import ReplacementLayers
 from llm_streamline.snapshot import Snapshot
-from llm_streamline.student import Student, check_installed, split, student_of
+from llm_streamline.student import check_installed, split, student_of
 from llm_streamline.tracking import tracking
 from llm_streamline.train import Settings, Trainer, rates
-from llm_streamline.training import announce, keep, lessons, load_replacement, trained_before
+from llm_streamline.training import announce, keep, lessons, shared_replacement, trained_before
 from llm_streamline.workspace import RunFolder, Workspace
 
 HEALED = "healed"
@@ -47,8 +47,9 @@ def heal(work: Workspace, plan: LayerPlan, folder: RunFolder) -> Fit | None:
     if fit := world.led(lambda: trained_before(folder, snapshot, HEALED)):
         return fit
     _, training = lessons(work)
-    student = world.attempt(lambda: _student(work, plan, folder, wanted).to(work.device))
-    student.load_state_dict(world.led(student.state_dict))
+    replacement = shared_replacement(work, plan, folder)
+    student = world.attempt(lambda: student_of(work.model, plan, replacement, wanted).to(work.device))
+    student.load_state_dict(world.led(student.state_dict))  # that another machine may round otherwise
     settings = world.led(lambda: _settings(work, training, wanted).continued(snapshot))
     student.quick = stand_ins_pace(work, plan, settings)
     student.pace_above = 1.0 if work.recipe.heal_lr or wanted.kind != "lora" else GENTLER
@@ -68,11 +69,6 @@ def stand_ins_pace(work: Workspace, plan: LayerPlan, settings: Settings) -> dict
     """Of the shortened model's layers those that stand in, which go on to train at the rate they began with."""
     own = rates(work.recipe, work.config.hidden_size, settings.optimizer)[0]
     return {new: own / settings.lr for new, source in enumerate(plan.sources()) if source in plan.replaced()}
-
-
-def _student(work: Workspace, plan: LayerPlan, folder: RunFolder, wanted: Heal) -> Student:
-    replacement = load_replacement(work, work.model, plan, folder)
-    return student_of(work.model, plan, replacement, wanted)
 
 
 def _settings(work: Workspace, training: Tensor, wanted: Heal) -> Settings:

@@ -8,7 +8,7 @@ from llm_streamline.progress import say
 from llm_streamline.records import LayerPlan, Similarity
 from llm_streamline.selection import decide, more
 from llm_streamline.starts import with_starts
-from llm_streamline.training import load_replacement, plan_of, train_replacement
+from llm_streamline.training import plan_of, shared_replacement, train_replacement
 from llm_streamline.windows import split_evenly
 from llm_streamline.workspace import RunFolder, Workspace
 
@@ -34,10 +34,6 @@ def _next(
     work: Workspace, similarity: Similarity, folder: RunFolder, plan: LayerPlan, turn: int, count: int
 ) -> LayerPlan:
     """The plan with so many windows more, chosen on the model with what the round has trained in place."""
-    make = partial(load_replacement, work, work.model, plan, folder, turn)
-    if not work.world.first:  # which alone has the folder
-        make = partial(work.replacement, work.model, plan.replaced())
-    replacement = work.world.attempt(make)
-    replacement.load_state_dict(work.world.led(replacement.state_dict))
+    replacement = shared_replacement(work, plan, folder, turn)
     replacement.to(work.device, work.compute_dtype)  # as the saved model would be computed with
     return with_starts(work, more(work, similarity, count, plan, list(replacement.requires_grad_(False))))

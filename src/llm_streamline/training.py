@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -201,4 +202,18 @@ def load_replacement(
     replacement = work.replacement(work.model, plan.replaced()).cpu()
     kept = folder.path / weights_of(work.recipe, turn or work.recipe.rounds)
     replacement.load_state_dict(load_file(kept / f"{kept.name}.safetensors"))
+    return replacement
+
+
+def shared_replacement(
+    work: Workspace, plan: LayerPlan, folder: RunFolder, turn: int | None = None
+) -> ReplacementLayers:
+    """The same in every process, of which the first alone has the folder."""
+    if plan.replace in ("none", MERGED):  # nothing of it lies there
+        return work.world.attempt(lambda: load_replacement(work, work.model, plan, folder, turn))
+    make = partial(load_replacement, work, work.model, plan, folder, turn)
+    if not work.world.first:
+        make = partial(work.replacement, work.model, plan.replaced())
+    replacement = work.world.attempt(make)
+    replacement.load_state_dict(work.world.led(replacement.state_dict))
     return replacement
