@@ -311,9 +311,8 @@ def test_a_lost_worker_ends_the_first_with_a_snapshot_and_the_command_continues(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("heal", ["all", "lora:2+norm"])
-def test_two_processes_heal_as_one_does(heal, llama_folder, text_file, tmp_path):
-    more = ["--tokens", "4k", "--heal", heal, "--loss", "nmse:0.3,kl:0.7", "--lr", "0.001"]
+def test_two_processes_heal_as_one_does(llama_folder, text_file, tmp_path):
+    more = ["--tokens", "4k", "--heal", "lora:2+norm", "--heal-lr", "0.02"]
     found = ended(start([*options(llama_folder, text_file, tmp_path / "two"), *more]))
     assert [code for code, _, _ in found] == [0, 0], found
     alone = [sys.executable, "-m", *options(llama_folder, text_file, tmp_path / "one"), *more]
