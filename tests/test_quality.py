@@ -60,11 +60,21 @@ def test_a_constant_difference_has_no_interval_and_seeds_are_paired(folder):
     assert gaps["accuracy"][0] == -1 and gaps["accuracy"][1] == 0  # one of two questions is drawn twice, or never
 
 
+def test_seeds_that_differ_widen_the_interval():
+    default, paper = (Compared(ROWS["dense"], [ROWS[f"{name}-0"], ROWS[f"{name}-1"]]) for name in ("first", "other"))
+    default.tokens = paper.tokens = default.tokens * 0 + 20
+    paper.extra[1] += 8  # 4 nats more than the default with one seed, 12 with the other
+    gaps = differences(paper, default, quality_table.np.random.default_rng(0))
+    assert gaps["excess"] == pytest.approx((4 / 20, 12 / 20))  # a quarter of the draws have but one seed
+
+
 def test_each_league_has_its_own_control_and_the_same_seeds(folder):
     dense, found = read(folder)
     over = quality_table.controls(dense, found["25%"])
     assert over["default"] == pytest.approx(((8 + 4) + (16 + 8)) / 2 / 40)
     assert over["healed"] == pytest.approx((4 + 12) / 40)
+    del found["25%"]["control"][1]  # of a seed that the default has
+    assert quality_table.controls(dense, found["25%"])["default"] == pytest.approx((8 + 4) / 40)
     del found["25%"]["control-all"]
     assert quality_table.controls(dense, found["25%"]) == {}
 
