@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+import numpy as np
 import pytest
 
 from bench import quality_table, quality_tokens
@@ -55,7 +56,7 @@ def test_a_constant_difference_has_no_interval_and_seeds_are_paired(folder):
     dense, found = read(folder)
     default, paper = (Compared(dense, found["25%"][name]) for name in ("default", "paper"))
     default.tokens = paper.tokens = default.tokens * 0 + 20  # so that no document weighs more
-    gaps = differences(paper, default, quality_table.np.random.default_rng(0))
+    gaps = differences(paper, default, np.random.default_rng(0))
     assert gaps["excess"] == pytest.approx((0.2, 0.2))  # seeds differ by as much, which falls out
     assert gaps["accuracy"][0] == -1 and gaps["accuracy"][1] == 0  # one of two questions is drawn twice, or never
 
@@ -64,7 +65,7 @@ def test_seeds_that_differ_widen_the_interval():
     default, paper = (Compared(ROWS["dense"], [ROWS[f"{name}-0"], ROWS[f"{name}-1"]]) for name in ("first", "other"))
     default.tokens = paper.tokens = default.tokens * 0 + 20
     paper.extra[1] += 8  # 4 nats more than the default with one seed, 12 with the other
-    gaps = differences(paper, default, quality_table.np.random.default_rng(0))
+    gaps = differences(paper, default, np.random.default_rng(0))
     assert gaps["excess"] == pytest.approx((4 / 20, 12 / 20))  # a quarter of the draws have but one seed
 
 

@@ -49,7 +49,7 @@ def heal(work: Workspace, plan: LayerPlan, folder: RunFolder) -> Fit | None:
     _, training = lessons(work)
     replacement = shared_replacement(work, plan, folder)
     student = world.attempt(lambda: student_of(work.model, plan, replacement, wanted).to(work.device))
-    student.load_state_dict(world.led(student.state_dict))  # that another machine may round otherwise
+    student.load_state_dict(world.led(student.state_dict))
     settings = world.led(lambda: _settings(work, training, wanted).continued(snapshot))
     student.quick = stand_ins_pace(work, plan, settings)
     student.pace_above = 1.0 if work.recipe.heal_lr or wanted.kind != "lora" else GENTLER

@@ -209,10 +209,9 @@ def shared_replacement(
     work: Workspace, plan: LayerPlan, folder: RunFolder, turn: int | None = None
 ) -> ReplacementLayers:
     """The same in every process, of which the first alone has the folder."""
-    if plan.replace in ("none", MERGED):  # nothing of it lies there
-        return work.world.attempt(lambda: load_replacement(work, work.model, plan, folder, turn))
+    own = work.world.first or plan.replace in ("none", MERGED)  # of these nothing lies there
     make = partial(load_replacement, work, work.model, plan, folder, turn)
-    if not work.world.first:
+    if not own:
         make = partial(work.replacement, work.model, plan.replaced())
     replacement = work.world.attempt(make)
     replacement.load_state_dict(work.world.led(replacement.state_dict))
