@@ -4,7 +4,7 @@
     [--seeds 0 1 2]`
 
 adds the rows `control` (one layer trains, as where a replacement does) and `control-all` (every layer, as where the
-rest is healed). A loss against the dense model's own states or logits has nothing to teach it, and would give its own
+rest is healed), at the rate that healing has for weights of a trained model. A loss against the dense model's own states or logits has nothing to teach it, and would give its own
 row. What they gain is what the text alone teaches a model of this size: excess losses can be read over it too.
 """
 
@@ -19,6 +19,7 @@ import torch
 
 from bench.quality import Judge, flags
 from bench.rows import SUFFIX, write_row
+from llm_streamline.checkpoint import Source, load_model
 from llm_streamline.forward import substituted
 from llm_streamline.healing import GENTLER
 from llm_streamline.memory import release
@@ -33,28 +34,29 @@ from llm_streamline.workspace import Workspace
 WHOLE = {"control": False, "control-all": True}
 
 
-def trained(work: Workspace, every: bool) -> tuple[Student, Fit]:
-    """The dense model's layers, one in the middle or all of them trained by the loss of the next token."""
+def trained(work: Workspace, every: bool) -> tuple[Student, Window, Fit]:
+    """The dense model's layers, one in the middle or all of them trained by the loss of the next token; and which."""
     model, layers = work.model, work.shape.num_layers
     student = Student(list(build_replacement(model, range(layers), "inherited", 0)), range(layers))
+    chosen = Window(start=0, stop=layers) if every else Window(start=layers // 2, stop=layers // 2 + 1)
     for number, layer in enumerate(student):
-        layer.requires_grad_(every or number == layers // 2)
+        layer.requires_grad_(number in chosen.layers())
     blocks = shuffled(work.parts.training, work.recipe.seed)
     settings = Settings.resolve(work.recipe, blocks, (layers, work.config.hidden_size), work.memory, work.bfloat16)
-    if every:
-        settings = replace(settings, lr=GENTLER * settings.lr, min_lr=GENTLER * settings.min_lr)
+    settings = replace(settings, lr=GENTLER * settings.lr, min_lr=GENTLER * settings.min_lr)
     trainer = Trainer(model, Window(start=0, stop=layers), student, settings, quiet=True)
-    return student, trainer.fit(blocks, work.parts.validation)
+    return student, chosen, trainer.fit(blocks, work.parts.validation)
 
 
 def controlled(recipe: Recipe, every: bool, judge: Judge) -> dict[str, Any]:
     release()
     spent = time.process_time()
     work = Workspace(recipe, Runtime(quiet=True))
-    student, fit = trained(work, every)
+    student, chosen, fit = trained(work, every)
     seconds = time.process_time() - spent
-    with substituted(work.model, Window(start=0, stop=work.shape.num_layers), list(student)):
-        row = judge.row(work.model)
+    model = load_model(Source(recipe.model), torch.float32)  # as the dense model's row, and all others, are judged
+    with substituted(model, chosen, list(student.float())[chosen.start : chosen.stop]):
+        row = judge.row(model)
     gained = {"validation": fit.validation_best - fit.validation_before, "validation_dense": fit.validation_before}
     tokens = {"trained": fit.trained_parameters, "tokens": fit.tokens, "training_seconds": fit.seconds, "memory": 0}
     return {"window": "", "parameters": work.shape.total, "cpu_seconds": seconds, **tokens, **gained, **row}

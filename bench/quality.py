@@ -52,6 +52,7 @@ METHODS: dict[str, dict[str, Any]] = {  # what of a recipe each sets; the tokens
     **{name: {"preset": name} for name in ("replaceme", "replaceme-cosine")},
     **{name: {"preset": name, "custom_code": True} for name in ("linearpatch", "ghost")},
 }
+BETWEEN = ("linearpatch", "ghost")  # of which the map lies between two layers: it is to be no layer that is kept
 
 
 def given(text: str) -> tuple[str, dict[str, Any]]:
@@ -60,6 +61,11 @@ def given(text: str) -> tuple[str, dict[str, Any]]:
     if not colon and name not in METHODS:
         sys.exit(f"--methods {text} is not known: give one of {', '.join(METHODS)}, or NAME::key=value;key=value.")
     return name, METHODS[name] if not colon else dict(pair.split("=", 1) for pair in values.split(";"))
+
+
+def asked(name: str, remove: str, layers: int) -> str:
+    """What a method is given as --remove, so that of every method as many of the model's own layers go, net."""
+    return str(round(float(remove.rstrip("%")) * layers / 100) - 1) if name in BETWEEN else remove
 
 
 class Remembered:
@@ -155,13 +161,13 @@ class Wanted(NamedTuple):
 
 def missing(options: argparse.Namespace) -> list[Wanted]:
     """The rows that were asked for and are not there, all methods of one seed and share in a row."""
-    found = []
+    found, layers = [], load_model(Source(options.model), torch.float32).config.num_hidden_layers
     for seed in options.seeds:
         for remove in options.remove:
             for name, values in map(given, options.methods):
                 file = options.rows / f"{name}-{remove.rstrip('%')}-{seed}{SUFFIX}"
-                base = {"model": options.model, "data": options.data, "remove": remove, "seed": seed}
-                base |= {"tokens": options.tokens}
+                base = {"model": options.model, "data": options.data, "tokens": options.tokens, "seed": seed}
+                base["remove"] = asked(name, remove, layers)
                 found.append(Wanted(file, name, remove, seed, {**base, **values}))
     return [one for one in found if not one.file.exists()]
 
