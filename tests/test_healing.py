@@ -88,7 +88,7 @@ def test_a_healed_model_loads_and_writes_where_neither_peft_nor_this_tool_is(rec
 
 
 def test_without_a_replacement_all_of_the_text_heals(recipe, tmp_path):
-    result = run.compress(recipe(heal="layers", replace="none", heal_lr=0.002, **WAY), quiet(tmp_path))
+    result = run.compress(recipe(heal="layers", replace="none", heal_lr=0.002, **{**WAY, "lr": None}), quiet(tmp_path))
     assert result.fit is None and result.healing.tokens == TOKENS
     assert result.healing.validation_best < result.healing.validation_before and not result.plan.merely_cut
 
@@ -116,6 +116,13 @@ def test_a_loss_of_states_comes_first_where_neither_the_norm_nor_the_head_trains
     both = "nmse:0.3,kl:0.7"
     assert losses == {"lora": both, "all": both, "norm": "kl", "last:1+head": "kl"}
     assert recipe(heal="all", heal_loss="kl:50").healing.loss_used == "kl:50"
+
+
+def test_rates_given_for_everything_are_healings_too(recipe):
+    given = {"replace": "none", "heal": "lora", "lr": 1e-3, "min_lr": 1e-5}
+    other = given | {"replace": "layer", "heal_lr": 1e-2}
+    both = [(one.lr, one.min_lr) for one in (recipe(**given).healing, recipe(**other).healing)]
+    assert both == [(1e-3, 1e-5), (1e-2, None)]
 
 
 def test_a_saved_format_of_fewer_bits_is_what_was_checked(recipe, tmp_path):

@@ -213,6 +213,12 @@ def test_angles_fall_with_every_pass_and_below_those_of_least_squares(folded, mo
     assert angles[3] < float((1 - cosines(squares).square()).mean())
 
 
+def test_cosines_are_of_the_streams_tokens_where_a_family_flattens_them_before_its_mlp():
+    model, ids = tiny.make_model("opt"), tiny.random_ids(60, 32)
+    _, fit = solve_window(model, WINDOW, ids[:40], ids[40:], Reading(True, "cosine", 4))
+    assert fit.validation_after < 0.98 * fit.validation_before
+
+
 def streams(tokens: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return tuple(torch.randn(tokens, WIDTH, generator=generator, dtype=torch.float64) for _ in range(2))

@@ -58,6 +58,13 @@ def shaken(student: Student) -> None:
         value.data += 0.05 * torch.randn(value.shape, generator=generator)
 
 
+@pytest.mark.parametrize("name", ["mamba", "mamba2", "falcon_mamba", "nemotron_h"])
+def test_adapters_leave_alone_what_a_state_spaces_kernels_read_past_them(name):
+    *_, student = setup(name, "lora:4")
+    adapted = {name for name, value in student.named_parameters() if value.requires_grad and "lora_" in name}
+    assert adapted and not any("out_proj" in name for name in adapted if "mixer" in name)
+
+
 @pytest.mark.parametrize("heal", ["lora:4", "layers:1", "all"])
 @pytest.mark.parametrize("name", ["llama-tied", "opt", "gpt2", "gemma3_text", "qwen3_moe", "bloom", "phi"])
 def test_it_starts_as_the_shortened_model_and_merges_to_what_it_computes(name, heal):

@@ -10,7 +10,7 @@ from llm_streamline.errors import UserError
 from llm_streamline.evaluation import Sweep
 from llm_streamline.files import remove
 from llm_streamline.recipe import Recipe, Runtime
-from llm_streamline.sweep import plans, sweep
+from llm_streamline.sweep import _place, plans, sweep
 from llm_streamline.sweep_figure import panels
 from tests import tiny
 
@@ -93,6 +93,25 @@ def test_what_cannot_be_is_refused_before_anything_is_measured(recipe, remove, s
     with pytest.raises(UserError, match=sentence):
         sweep(recipe.model_copy(update={"remove": remove}), runtime(tmp_path / "out", tasks=("none",)))
     assert not (tmp_path / "out").exists()
+
+
+def test_folders_of_other_runs_are_refused_before_anything_is_measured(recipe, text_file, tmp_path, monkeypatch):
+    own = tmp_path / "text.jsonl"
+    own.write_bytes(text_file.read_bytes())
+    asked = recipe.model_copy(update={"data": (str(own),)})
+    sweep(asked.model_copy(update={"remove": "3"}), runtime(tmp_path / "out", tasks=("none",)))
+    monkeypatch.setattr(run, "measure", lambda work: pytest.fail("measured"))
+    with pytest.raises(UserError, match="a run of another recipe"):
+        sweep(asked.model_copy(update={"seed": 1}), runtime(tmp_path / "out", tasks=("none",)))
+    own.write_text(own.read_text(encoding="utf-8").replace("a", "e"), encoding="utf-8")
+    with pytest.raises(UserError, match="the text is not the one"):
+        sweep(asked, runtime(tmp_path / "out", tasks=("none",)))
+    assert not (tmp_path / "out" / "remove-1").exists()
+
+
+def test_models_beside_of_one_name_have_places_of_their_own():
+    names = ("a/model", "b/model", "other")
+    assert [_place(name, names) for name in names] == ["model-1", "model-2", "other"]
 
 
 def test_other_targets_folders_and_processes_are_refused(recipe, tmp_path, monkeypatch):

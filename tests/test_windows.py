@@ -14,6 +14,7 @@ from llm_streamline import assemble as assemble_module
 from llm_streamline import oracle, preview, run, selection, verdict
 from llm_streamline.analyze import analyze
 from llm_streamline.assemble import Parts, build
+from llm_streamline.cache import Cached, StateCache
 from llm_streamline.choose import check_request, choose, choose_windows, pick
 from llm_streamline.comparison import CUT
 from llm_streamline.errors import UserError
@@ -224,6 +225,20 @@ def test_windows_are_ranked_on_the_model_without_those_before(recipe, tmp_path, 
     assert preview.plan_only(work.recipe, quiet(tmp_path)) == plan
 
 
+def test_by_cosine_too_the_second_window_is_the_most_similar_without_the_first(recipe, tmp_path):
+    work = Workspace(recipe(remove="2", windows=2, protect_first=0, protect_last=0, select="cosine"), quiet(tmp_path))
+    first = analyze(work.model, work.parts.calibration, batch=4, quiet=True)
+    first.cosine[0][2] = 1.0  # so that the first is below all others
+    plan = selection.decide(work, first)
+    assert plan.window == Window(start=0, stop=2)
+    with substituted(work.model, plan.window):
+        again = analyze(work.model, work.parts.calibration, batch=4, quiet=True)
+    (second,) = plan.others
+    assert again.of(second) == max(again.of(one) for one in places_for(Window(start=0, stop=6), [2], [plan.window]))
+    assert f"left out, {second}: " in plan.why and f"cosine {again.of(second):.4f} ±" in plan.why
+    assert again.of(second) != pytest.approx(first.of(second), abs=1e-4)
+
+
 def test_compress_with_two_windows(recipe, llama_folder, tmp_path):
     result = run.compress(recipe(**TWO, seed=1), quiet(tmp_path))
     plan = result.plan
@@ -282,11 +297,15 @@ def test_healing_comes_on_top(recipe, llama_folder, tmp_path):
     assert torch.equal(saved["model.embed_tokens.weight"], source["model.embed_tokens.weight"])
 
 
-def test_states_of_the_span_are_cached_for_later_epochs(recipe, tmp_path):
+def test_states_of_the_span_are_cached_for_later_epochs(recipe, tmp_path, monkeypatch):
     one, other = tmp_path / "one", tmp_path / "other"
     way = recipe(**{**TWO, "tokens": 1000}, epochs=2, loss="nmse")
     run.compress(way, quiet(one))
-    run.compress(way, quiet(other, cache=10**9))
+    taken, real = [], StateCache.read
+    monkeypatch.setattr(StateCache, "read", lambda self, ids: taken.append(len(ids)) or real(self, ids))
+    monkeypatch.setattr(Cached, "_judge", lambda self: None)  # which lets go of it where computing is as fast
+    fit = run.compress(way, quiet(other, cache=10**9)).fit
+    assert sum(taken) >= fit.tokens // fit.block // 2, "the second epoch computed them again"
     for name, value in weights(one).items():
         torch.testing.assert_close(weights(other)[name], value)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from llm_streamline.heal import parse_heal
 from llm_streamline.objective import parse_objective
+from llm_streamline.presets import PRESETS
 from llm_streamline.replace import ONE_OF_ITS_OWN
 
 if TYPE_CHECKING:
@@ -80,9 +81,20 @@ def tried_with_what(recipe: Recipe) -> str | None:
 
 
 def temperature_of_nothing(recipe: Recipe) -> str | None:
-    parts = [*recipe.objective.parts, *(parse_objective(recipe.heal_loss_used).parts if recipe.heals else ())]
+    trained = [one.objective for one, trains in ((recipe, recipe.learns), (recipe.healing, recipe.heals)) if trains]
+    parts = [part for objective in trained for part in objective.parts]
     if recipe.temperature is not None and all(part.kind != "kl" for part in parts):
-        return f"--temperature {recipe.temperature:g} is for --loss kl, not {recipe.loss_used}; leave it out"
+        return f"--temperature {recipe.temperature:g} is for a loss of kl, and nothing trains by one here; leave it out"
+    return None
+
+
+def rate_of_nothing(recipe: Recipe) -> str | None:
+    presets = PRESETS.get(recipe.preset or "", {}).get("lr")
+    if recipe.lr not in (None, presets) and recipe.heal_lr and not recipe.learns:
+        return (
+            f"--lr {recipe.lr:g} is for what stands in, and --replace {recipe.replace} trains nothing; give --heal-lr "
+            "instead"
+        )
     return None
 
 
@@ -151,6 +163,7 @@ CHECKS: tuple[Callable[[Recipe], str | None], ...] = (
     single_layers,
     tried_with_what,
     temperature_of_nothing,
+    rate_of_nothing,
     best_of_what,
     nothing_to_train,
     unsolvable,

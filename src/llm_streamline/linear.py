@@ -87,7 +87,8 @@ def window_rows(
         advance = held.enter_context(progress("solving", own.numel(), reading.quiet))
         for passage in passages(batches):
             entering, leaving = passage.entering.double(), passage.leaving.double()
-            yield Rows(added.pop(0).double() if reading.folded else entering, entering, leaving)
+            given = added.pop(0).double().view_as(entering) if reading.folded else entering  # some flatten tokens
+            yield Rows(given, entering, leaving)
             advance(entering.shape[:-1].numel())
 
 

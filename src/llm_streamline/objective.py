@@ -76,11 +76,11 @@ class Objective:
         said = ", ".join(f"{part} {span}" for part, span in zip(self.parts, spans, strict=True))
         return f"the loss is {said}; every validation is by {self.measure}"
 
-    def check(self, vocabulary: int) -> None:
+    def check(self, vocabulary: int, flag: str = "--loss") -> None:
         """Errors: UserError for a kl:K of more tokens than there are."""
         for part in self.parts:
             if part.top > vocabulary:
-                raise UserError(f"--loss {part} is over more tokens than the model's {vocabulary}; give kl, or fewer.")
+                raise UserError(f"{flag} {part} is over more tokens than the model's {vocabulary}; give kl, or fewer.")
 
 
 def _span(begin: int, end: int) -> str:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-# LLM-Streamline, arXiv 2403.19135, with the settings of its authors' code
+# LLM-Streamline, arXiv 2403.19135, with the settings of its authors' code; not the short training by the next token's
+# loss that the paper is said to add
 PAPER: dict[str, Any] = {
     "select": "cosine",
     "loss": "mse",
@@ -50,8 +51,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "replaceme": {**DELETED, "replace": "linear", "loss": "mse", "protect_first": 1},
     "replaceme-cosine": {**DELETED, "replace": "linear", "loss": "cosine", "protect_first": 1},
     # LinearPatch, NeurIPS 2025, without its training of the patch. Theirs lies between two layers, ours is in one's
-    # place; the rotation for a width that is no power of two is ours
+    # place, so that as many layers go at one --remove less; the rotation for a width that is no power of two is ours
     "linearpatch": {**DELETED, "replace": "linear:patch"},
-    # Ghosted Layers, arXiv 2605.15491: the unconstrained map at the cut. Theirs is no layer; ours is in one's place
+    # Ghosted Layers, arXiv 2605.15491: the unconstrained map at the cut. Theirs is no layer; ours is in one's place, as
+    # above
     "ghost": {**DELETED, "replace": "linear:free", "loss": "mse"},
 }

@@ -222,7 +222,9 @@ class Recipe(Schema):
     @property
     def healing(self) -> Recipe:
         """The settings of healing, where this recipe's are those of the replacement's training."""
-        own = {"loss": self.heal_loss_used, "lr": self.heal_lr or self.lr, "min_lr": None}
+        own = {"loss": self.heal_loss_used, "lr": self.heal_lr or self.lr}
+        if self.heal_lr:
+            own["min_lr"] = None  # which is of the other rate
         if self.heal.startswith("lora"):
             own["optimizer"] = "adamw"  # an orthogonal step of one factor makes no such step of their product
         return self.model_copy(update=own)

@@ -35,7 +35,6 @@ from llm_streamline.scoring.of_run import DENSE, OWN, Standing, evaluate_run, ow
 from llm_streamline.scoring.perplexity import FORWARD_TOKENS as LOSS_TOKENS
 from llm_streamline.scoring.perplexity import next_token_loss
 from llm_streamline.tracking import check_tracker
-from llm_streamline.train import rates
 from llm_streamline.training import check_training, earlier_fits, load_replacement, train_replacement
 from llm_streamline.workspace import RunFolder, Workspace, output_folder
 
@@ -138,11 +137,9 @@ def check_all(work: Workspace) -> None:
     """Refuse, before anything is measured, what cannot be done. Errors: UserError."""
     work.check_checkpoint()
     work.check_replacement(check_request(work.shape, work.recipe))
-    rates(work.recipe, work.config.hidden_size)
     check_tracker(work.runtime.tracker)
     if work.runtime.cache and (work.recipe.epochs == 1 or work.world.size > 1):
         raise UserError("--cache is for several epochs in one process; give --epochs 2 or more, or leave it out.")
-    work.recipe.objective.check(work.config.vocab_size)
     check_training(work)
     check_healing(work)
     check_then(work)

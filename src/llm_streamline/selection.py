@@ -9,6 +9,7 @@ from functools import partial
 from torch import nn
 from transformers import PreTrainedModel
 
+from llm_streamline.analyze import analyze
 from llm_streamline.choose import (
     Pick,
     candidates,
@@ -93,8 +94,18 @@ def picked(
         taken = [*earlier, *(one.window for one in picks)]
         alone = len(candidates(work.shape, work.recipe, taken)) == 1
         rankings.append(None if alone else ranking_of(taken))
-        picks.append(work.world.led(partial(pick, similarity, work.shape, work.recipe, rankings[-1], taken)))
+        seen = similarity if alone or rankings[-1] or not taken else similarity_without(work, taken)
+        picks.append(work.world.led(partial(pick, seen, work.shape, work.recipe, rankings[-1], taken)))
     return picks, rankings
+
+
+def similarity_without(work: Workspace, taken: Sequence[Window]) -> Similarity:
+    """Eq. 1 on the calibration part, of the model with some windows left out."""
+    work.share()
+    model, scratch = work.world.attempt(lambda: (work.model, work.scratch if work.offloads else None))
+    blocks, batch = work.parts.calibration, work.batch(FORWARD_TOKENS)
+    with without(model, taken):
+        return analyze(model, blocks, batch, quiet=work.runtime.quiet, scratch=scratch, world=work.world)
 
 
 def single(work: Workspace, similarity: Similarity) -> list[int]:
@@ -158,7 +169,7 @@ def score(work: Workspace, recipe: Recipe) -> By | None:
         return None
     if recipe.select in SCORES:
         return next(by for by in SCORES if by == recipe.select)
-    if not recipe.occupied:
+    if recipe.replace == "none":
         return "loss"
     if work.parts.calibration.numel() < 2 * FEWEST_ROWS * work.config.hidden_size:
         _say(

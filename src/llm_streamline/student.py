@@ -161,11 +161,12 @@ def _own(layer: nn.Module) -> nn.Module:
 
 
 def _adapt(layers: Sequence[nn.Module], rank: int) -> None:
-    """Low-rank adapters on every linear map, which begin as nothing added."""
+    """Low-rank adapters on every linear map, which begin as nothing added. Experts in one tensor are no such map."""
     from peft import LoraConfig, inject_adapter_in_model
 
     for layer in layers:
-        linear = [name for name, module in layer.named_modules() if is_linear(module)]
+        past = read_past(layer)
+        linear = [name for name, module in layer.named_modules() if is_linear(module) and name not in past]
         turned = any(isinstance(layer.get_submodule(name), Conv1D) for name in linear)
         config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=linear, fan_in_fan_out=turned)
         with torch.random.fork_rng():
@@ -175,6 +176,15 @@ def _adapt(layers: Sequence[nn.Module], rank: int) -> None:
             value.requires_grad_("lora_" in name)
             if "lora_" in name:
                 value.data = value.data.float()
+
+
+def read_past(layer: nn.Module) -> set[str]:
+    """Maps of a state-space mixer whose weights its kernels read themselves, so that an adapter would not be seen.
+
+    peft refuses adapters there.
+    """
+    mixers = [name for name, module in layer.named_modules() if hasattr(module, "A_log")]
+    return {".".join(filter(None, (name, "out_proj"))) for name in mixers}
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 from llm_streamline import checkpoint, run, sweep_figure
@@ -37,6 +39,7 @@ def sweep(recipe: Recipe, runtime: Runtime) -> Sweep:
     """
     root = _folder(runtime.output)
     wanted = ratios(recipe, runtime)
+    check_folders(root, wanted, runtime)
     subjects = [Subject(name, runtime) for name in runtime.beside]
     results: dict[str, Result] = {}
     for number, (ratio, one) in enumerate(wanted.items(), start=1):
@@ -81,6 +84,16 @@ def ratios(recipe: Recipe, runtime: Runtime) -> dict[str, Recipe]:
             continue
         found[net], recipes[ratio] = ratio, one
     return recipes
+
+
+def check_folders(root: Path, wanted: dict[str, Recipe], runtime: Runtime) -> None:
+    """Errors: UserError where one holds a run of another recipe, or one of other text that others would go on from."""
+    folders = [RunFolder.open(root / f"remove-{ratio}", one, runtime.fresh) for ratio, one in wanted.items()]
+    begun = [folder for folder in folders if folder.has("inputs.json")]
+    if len(begun) < len(folders):
+        inputs = cache(Workspace(next(iter(wanted.values())), runtime).inputs)
+        for folder in begun:
+            folder.check_inputs(inputs, finished=True)
 
 
 def _folder(output: Path | None) -> Path:
@@ -161,7 +174,7 @@ def _beside(recipe: Recipe, runtime: Runtime, subject: Subject, root: Path, foun
     evaluation: Evaluation | None = None
     if tasks and found.dense.accuracy is not None:
         request = Request(models=(name,), against=recipe.model if alike else None, tasks=tasks, speed=True)
-        place = root / BESIDE / Path(name).name
+        place = root / BESIDE / _place(name, runtime.beside)
         evaluation = run.evaluate(request, runtime.model_copy(update={"output": place}))
     work = Workspace(recipe.model_copy(update={"model": name, "remove": None}), runtime)
     if not alike:
@@ -178,6 +191,12 @@ def _beside(recipe: Recipe, runtime: Runtime, subject: Subject, root: Path, foun
         **_answers(last),
         **_compared(last),
     )
+
+
+def _place(name: str, names: Sequence[str]) -> str:
+    """The model's own name, with a number where several of these share it."""
+    alike = [one for one in names if Path(one).name == Path(name).name]
+    return Path(name).name + (f"-{alike.index(name) + 1}" if len(alike) > 1 else "")
 
 
 def _loss(recipe: Recipe, runtime: Runtime, work: Workspace) -> float:

@@ -12,11 +12,13 @@ from transformers import PreTrainedModel
 
 from llm_streamline import figures
 from llm_streamline.cache import Cached, StateCache, cache_bytes
+from llm_streamline.checkpoint import context_length
 from llm_streamline.errors import UserError
 from llm_streamline.files import atomic, remove, sha256
 from llm_streamline.linear import fit_linear, load_folded
 from llm_streamline.memory import alive_layers
 from llm_streamline.merging import MERGED, merged_layers
+from llm_streamline.optimizers import optimizer_for
 from llm_streamline.passages import Passages, passages_of
 from llm_streamline.progress import say
 from llm_streamline.recipe import Recipe
@@ -24,9 +26,9 @@ from llm_streamline.records import Fit, Fitted, LayerPlan
 from llm_streamline.replacement import ReplacementLayers
 from llm_streamline.snapshot import Snapshot
 from llm_streamline.student import spanning
-from llm_streamline.text import shuffled
+from llm_streamline.text import DEFAULT_TOKENS, block_length, shuffled
 from llm_streamline.tracking import tracking
-from llm_streamline.train import Settings, Trainer
+from llm_streamline.train import Settings, Trainer, rates
 from llm_streamline.workspace import RunFolder, Workspace
 
 CACHE = "cache"  # states for later epochs
@@ -35,8 +37,12 @@ ROUNDS = "rounds"  # what rounds before the last have chosen and trained
 
 
 def check_training(work: Workspace) -> None:
-    """Errors: UserError where gradients would pass layers between windows, and those are not held."""
-    recipe = work.recipe
+    """Errors: UserError for rates and losses that cannot be, and for gradients through layers that are not held."""
+    recipe, config = work.recipe, work.config
+    sequences = (recipe.tokens or DEFAULT_TOKENS) * recipe.epochs // block_length(recipe, context_length(config))
+    for one, flag in ((recipe, "--loss"), (recipe.healing, "--heal-loss"))[: 2 if recipe.heals else 1]:
+        rates(one, config.hidden_size, optimizer_for(one, sequences))
+        one.objective.check(config.vocab_size, flag)
     if recipe.count > 1 and recipe.occupied and work.offloads:
         raise UserError(
             f"{recipe.count} windows are trained through the layers between them, which have to be held in memory, and "

@@ -89,9 +89,9 @@ class RunFolder:
             raise UserError(f"-o {path} is not empty and not a run of this tool; give a folder that is new or empty.")
         return cls(path, recipe, fresh, world)
 
-    def check_inputs(self, inputs: Callable[[], Inputs]) -> None:
-        """Refuse to continue a run whose model or text is not what it began with. Errors: UserError."""
-        if self.has("inputs.json") and not self.has("scores.json") and not self._fresh:
+    def check_inputs(self, inputs: Callable[[], Inputs], finished: bool = False) -> None:
+        """Refuse to go on with a run, or a `finished` one, that began with another model or text. Errors: UserError."""
+        if self.has("inputs.json") and (finished or not self.has("scores.json")) and not self._fresh:
             then, now = Inputs.read(self.path / "inputs.json"), inputs()
             if then != now:
                 what = "model" if then.model != now.model else "text"
