@@ -12,7 +12,7 @@ from llm_streamline.forward import run_window, substituted
 from llm_streamline.heal import Heal, parse_heal
 from llm_streamline.records import LayerPlan, Window
 from llm_streamline.replacement import ReplacementLayers, build_replacement
-from llm_streamline.student import Student, check_installed, split, student_of
+from llm_streamline.student import Student, check_installed, in_experts, split, student_of
 from tests import tiny
 
 WINDOW = Window(start=2, stop=4)
@@ -63,6 +63,12 @@ def test_adapters_leave_alone_what_a_state_spaces_kernels_read_past_them(name):
     *_, student = setup(name, "lora:4")
     adapted = {name for name, value in student.named_parameters() if value.requires_grad and "lora_" in name}
     assert adapted and not any("out_proj" in name for name in adapted if "mixer" in name)
+    assert not in_experts(student)
+
+
+def test_what_experts_hold_without_adapters_is_counted():
+    assert in_experts(setup("qwen3_moe", "lora:4")[-1]) > 0
+    assert not in_experts(setup("qwen3_moe", "all")[-1]) and not in_experts(setup("llama-tied", "lora:4")[-1])
 
 
 @pytest.mark.parametrize("heal", ["lora:4", "layers:1", "all"])

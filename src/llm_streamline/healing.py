@@ -13,10 +13,11 @@ from llm_streamline.above import tied, untie
 from llm_streamline.checkpoint import round_weights
 from llm_streamline.errors import UserError
 from llm_streamline.heal import HEAD, Heal, parse_heal
+from llm_streamline.progress import say
 from llm_streamline.records import Fit, LayerPlan, Window
 from llm_streamline.replacement import ReplacementLayers
 from llm_streamline.snapshot import Snapshot
-from llm_streamline.student import check_installed, split, student_of
+from llm_streamline.student import check_installed, in_experts, split, student_of
 from llm_streamline.tracking import tracking
 from llm_streamline.train import Settings, Trainer, rates
 from llm_streamline.training import announce, keep, lessons, shared_replacement, trained_before
@@ -54,6 +55,8 @@ def heal(work: Workspace, plan: LayerPlan, folder: RunFolder) -> Fit | None:
     student.quick = stand_ins_pace(work, plan, settings)
     student.pace_above = 1.0 if work.recipe.heal_lr or wanted.kind != "lora" else GENTLER
     announce(f"healing ({wanted})", training, settings, work.runtime.quiet)
+    if wanted.kind == "lora" and (count := in_experts(student)):
+        say(f"{count:,} parameters of experts, which are held as one tensor, get no adapters", work.runtime.quiet)
     whole = Window(start=0, stop=plan.num_layers)
     with tracking(work) as track:
         trainer = Trainer(work.model, whole, student, settings, work.runtime.quiet, track, snapshot)

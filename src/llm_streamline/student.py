@@ -187,6 +187,13 @@ def read_past(layer: nn.Module) -> set[str]:
     return {".".join(filter(None, (name, "out_proj"))) for name in mixers}
 
 
+def in_experts(student: Student) -> int:
+    """Parameters of frozen layers that are held as one tensor for all experts."""
+    holders = [module for module in student.modules() if not isinstance(module, nn.Conv1d)]
+    held = [value for module in holders for value in module.parameters(recurse=False) if value.ndim == 3]
+    return sum(value.numel() for value in held if not value.requires_grad)
+
+
 def is_linear(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, Conv1D))
 
