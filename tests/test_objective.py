@@ -21,6 +21,9 @@ NMSE, MSE, KL, LM = Part("nmse"), Part("mse"), Part("kl"), Part("lm")
         ("nmse:0.3,kl:100:0.7", ["nmse", "kl:100"]),
         ("nmse:.1,kl:.2,lm:.7", ["nmse", "kl", "lm"]),
         ("kl:5:0.5,kl:0.5", ["kl:5", "kl"]),
+        *[(name, [name]) for name in ("kl+lm", "kl+0.3lm", "kl:100+lm", "kl:100+2lm")],
+        ("nmse:0.3,kl:9+.5lm:0.7", ["nmse", "kl:9+0.5lm"]),
+        ("kl+1lm:0.5,kl+1.5lm:0.5", ["kl+lm", "kl+1.5lm"]),
     ],
 )
 def test_what_is_written_is_what_is_meant(text, parts):
@@ -33,7 +36,7 @@ def test_what_is_written_is_what_is_meant(text, parts):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("nmsee", "'nmsee' is no loss; there are nmse, mse, cosine, kl, lm and kl:100"),
+        ("nmsee", "'nmsee' is no loss; there are nmse, mse, cosine, kl, lm, kl:100 and kl+lm"),
         ("", "'' is no loss"),
         ("KL", "'KL' is no loss"),
         ("mse:100", "'mse:100' is no loss"),
@@ -50,6 +53,12 @@ def test_what_is_written_is_what_is_meant(text, parts):
         ("mse:0.6,kl:0.3", "the shares add up to 0.9"),
         ("mse:0.5,kl:1:0.5", "kl:1 compares fewer than two tokens"),
         ("mse:0.5, kl:0.5", "' kl' is no loss"),
+        ("nmse+lm", "'nmse+lm' is no loss"),
+        ("kl+", "'kl+' is no loss"),
+        ("kl+-1lm", "'kl+-1lm' is no loss"),
+        ("kl+0lm", "kl+0lm gives the text no weight; write kl"),
+        ("kl:1+lm", "kl:1+lm compares fewer than two tokens"),
+        ("kl+lm,nmse", "'kl+lm' has no share between 0 and 1; write for example kl+lm:0.5"),
     ],
 )
 def test_mistakes_are_one_sentence(text, words):
@@ -62,7 +71,7 @@ def test_a_temperature_is_for_kl_alone():
     assert Recipe(model="m", loss="mse:0.5,kl:0.5", temperature=2).temperature == 2
     assert Recipe(model="m", loss="lm").temperature is None
     assert Recipe(model="m", loss="lm", heal="all", temperature=1.5).temperature == 1.5, "healing is by kl"
-    with pytest.raises(UserError, match=r"--temperature 2 is for --loss kl, not mse:0.5,lm:0.5; leave it out"):
+    with pytest.raises(UserError, match=r"--temperature 2 is for a loss of kl, and nothing trains by one here; leave"):
         Recipe(model="m", loss="mse:0.5,lm:0.5", temperature=2)
     with pytest.raises(UserError, match="--temperature was given 0"):
         Recipe(model="m", loss="kl", temperature=0)

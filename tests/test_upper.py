@@ -22,7 +22,7 @@ from tests.test_snapshot import Killed, curves, killed_after
 from tests.test_train import WINDOW, same, trainer, weights
 
 IDS = tiny.random_ids(3, 13)
-PARTS = [Part("kl"), Part("kl", 5), Part("lm")]
+PARTS = [Part("kl"), Part("kl", 5), Part("lm"), Part("kl", 5, 0.7)]
 SOME = ["llama-tied", "gemma2", "opt", "gpt2", "qwen3_moe", "cohere2", "granite", "falcon-alibi"]
 
 
@@ -55,7 +55,8 @@ def plainly(model, replacement: ReplacementLayers, part: Part, temperature: floa
         student = model(IDS, use_cache=False).logits
     if part.kind == "lm":
         return next_token(student[:, :-1], IDS[:, 1:]).mean()
-    return kl(student, teacher, part.top, temperature).mean()
+    text = next_token(student[:, :-1], IDS[:, 1:]).mean() if part.text else 0.0
+    return kl(student, teacher, part.top, temperature).mean() + part.text * text
 
 
 @pytest.mark.parametrize("part", PARTS, ids=str)

@@ -1,8 +1,9 @@
 """What a replacement is trained to lower: one loss, or a curriculum of several by their share of the training tokens.
 
     loss       = part | part ":" share *("," part ":" share)
-    part       = "nmse" | "mse" | "cosine" | "kl" | "kl:" K | "lm"
+    part       = "nmse" | "mse" | "cosine" | "lm" | ("kl" | "kl:" K) ["+" [weight] "lm"]
     share, K   = a number above 0 and below 1; a whole number of 2 or more. All shares add up to 1.
+    weight     = a number above 0, 1 where it is left out: how many times the second loss counts
 
 Nothing here needs torch, so that a recipe can be read without it. `losses.py` computes the losses.
 """
@@ -24,15 +25,19 @@ LOSS, STATES_ONLY, LOGITS_ONLY = "nmse:0.3,kl:0.7", "nmse", "kl"
 WHOLE = Fraction(1)
 TURNS = 5  # passes after the first
 _SHARE = re.compile(r"(.+):(0?\.\d+)")
-_TOP = re.compile(r"kl:(\d+)")
+_KL = re.compile(r"kl(?::(\d+))?(?:(\+)(\d+|\d*\.\d+)?lm)?")
 
 
 @dataclass(frozen=True)
 class Part:
-    """One loss: its kind, and for `kl:K` how many of the dense model's likeliest tokens it looks at (0: all)."""
+    """One loss: its kind; for `kl:K` how many of the dense model's likeliest tokens it looks at (0: all).
+
+    With `text` the loss of the text's next token counts beside KL, so many times.
+    """
 
     kind: str
     top: int = 0
+    text: float = 0.0
 
     @property
     def above(self) -> bool:
@@ -40,7 +45,9 @@ class Part:
         return self.kind in ABOVE
 
     def __str__(self) -> str:
-        return f"{self.kind}:{self.top}" if self.top else self.kind
+        named = f"{self.kind}:{self.top}" if self.top else self.kind
+        weight = "" if self.text == 1 else f"{self.text:g}"
+        return f"{named}+{weight}lm" if self.text else named
 
 
 @dataclass(frozen=True)
@@ -109,12 +116,15 @@ def parse_objective(text: str) -> Objective:
 def _part(text: str) -> Part:
     if text in (*STATES, *ABOVE):
         return Part(text)
-    match = _TOP.fullmatch(text)
+    match = _KL.fullmatch(text)
     if not match:
-        raise ValueError(f"{text!r} is no loss; there are {', '.join((*STATES, *ABOVE))} and kl:100")
-    if int(match[1]) < 2:
+        raise ValueError(f"{text!r} is no loss; there are {', '.join((*STATES, *ABOVE))}, kl:100 and kl+lm")
+    top, beside, weight = match.groups()
+    if top is not None and int(top) < 2:
         raise ValueError(f"{text} compares fewer than two tokens; write kl:2 or more, or kl for all")
-    return Part("kl", int(match[1]))
+    if weight is not None and not float(weight):
+        raise ValueError(f"{text} gives the text no weight; write kl, or a number above 0")
+    return Part("kl", int(top or 0), float(weight or 1) if beside else 0.0)
 
 
 def passes_to_solve(loss: str) -> int:

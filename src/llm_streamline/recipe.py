@@ -115,8 +115,9 @@ class Recipe(Schema):
         None,
         description="Distillation loss: of the states at the window's end nmse (each token's squared error over its "
         "target's squared norm), mse (the paper's Eq. 4) or cosine; of the next-token distributions, through the "
-        "frozen layers above, kl (from the dense model's), kl:100 (over its 100 likeliest tokens) or lm (of the text "
-        "itself); or several by share of the training tokens, mse:0.6,kl:0.4, of which the last is what is validated. "
+        "frozen layers above, kl (from the dense model's), kl:100 (over its 100 likeliest tokens), lm (of the text "
+        "itself) or kl+0.5lm (both, the text's half as much); or several by share of the training tokens, "
+        "mse:0.6,kl:0.4, of which the last is what is validated. "
         f"[default: {LOSS}; {STATES_ONLY} where layers above the window would be read from the disk]",
     )
     temperature: float | None = Field(

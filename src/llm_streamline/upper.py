@@ -94,10 +94,18 @@ class Upper:
         return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.autocast)
 
     def _divergence(self, ids: Tensor, teacher: Tensor, part: Part) -> Piece:
+        length = ids.shape[1]
+        weight = part.text * length / (length - 1)  # nothing comes after the last token
+
         def piece(student: Tensor, cut: slice) -> Tensor:
             with torch.no_grad():
                 target = self.logits(ids[:, cut], teacher[:, cut])
-            return kl(self.students_logits(ids[:, cut], student), target, part.top, self.temperature).sum()
+            logits = self.students_logits(ids[:, cut], student)
+            loss = kl(logits, target, part.top, self.temperature).sum()
+            if not part.text:
+                return loss
+            labels = ids[:, cut.start + 1 : cut.stop + 1]
+            return loss + weight * next_token(logits[:, : labels.shape[1]], labels).sum()
 
         return piece
 
