@@ -6,10 +6,14 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
-from bench import quality_table, quality_tokens
+from bench import control, quality_table, quality_tokens
+from bench.quality import Judge, asked
 from bench.quality_table import Compared, differences, read
-from bench.rows import SUFFIX, write_row
+from bench.rows import SUFFIX, read_row, write_row
+from llm_streamline.checkpoint import Source, load_model
+from tests import tiny
 
 DOCUMENTS = ((20.0, 10), (60.0, 30))  # nats, tokens
 SPREAD, EVEN = [1.0, 3.0], [1.0, 1.0]  # PPL of a question's choices: the second weighs less (Eq. 5)
@@ -97,3 +101,24 @@ def test_budgets_stand_beside_each_other_and_are_drawn(folder, tmp_path, capsys,
     quality_tokens.main()
     assert "| `default` | 0.3000 | 0.3000 |" in capsys.readouterr().out.splitlines()
     assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_control_trains_a_layer_or_all_of_the_dense_model_and_removes_nothing(
+    llama_folder, text_file, tmp_path, monkeypatch
+):
+    heldout = tmp_path / "heldout.jsonl"
+    heldout.write_text("".join(text_file.read_text(encoding="utf-8").splitlines(keepends=True)[:20]), encoding="utf-8")
+    words = ["control", str(tmp_path), "--model", str(llama_folder), "--data", str(text_file), "--heldout"]
+    monkeypatch.setattr(sys, "argv", [*words, str(heldout), "--seeds", "0", "--tokens", "4000", "--remove", "2"])
+    control.main()
+    one, every = (read_row(tmp_path / f"{name}-2-0{SUFFIX}") for name in ("control", "control-all"))
+    assert every["trained"] == tiny.LAYERS * one["trained"] > 0 and one["tokens"] == every["tokens"] > 0
+    assert every["validation"] < one["validation"] < 0, "both learn, all layers more"
+    dense = Judge(str(llama_folder), heldout, None).row(load_model(Source(str(llama_folder)), torch.float32))
+    total = [sum(nats for nats, _ in row["documents"]) for row in (dense, one, every)]
+    assert total[0] > total[1] > total[2], "what has been trained is what is judged"
+
+
+@pytest.mark.parametrize(("name", "given"), [("default", "25%"), ("none", "25%"), ("ghost", "2"), ("linearpatch", "2")])
+def test_a_map_between_two_layers_is_no_layer_that_is_kept(name, given):
+    assert asked(name, "25%", 12) == given
