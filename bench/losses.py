@@ -18,11 +18,12 @@ from typing import Any
 
 from bench.replacements import Remembered, measured, read
 from llm_streamline import passages, run
+from llm_streamline.objective import LOSS
 from llm_streamline.recipe import Recipe, Runtime
 from llm_streamline.scoring.perplexity import next_token_loss
 from llm_streamline.workspace import Workspace
 
-LOSSES = ("none", "nmse", "kl", "lm", "mse", "kl:100", "mse:0.6,kl:0.4", "nmse:0.3,kl:0.7", "cosine")
+LOSSES = ("none", "nmse", "mse", "cosine", "lm", "kl", "kl:100", "kl+0.3lm", "mse:0.6,kl:0.4", "nmse:0.3,kl:0.7", LOSS)
 
 
 def rows(options: argparse.Namespace, seed: int, done: set[tuple[Any, ...]]) -> Any:
