@@ -265,7 +265,7 @@ def decided(one: Workspace) -> str | None:
         ({}, "patched"),
         ({"select": "auto"}, "patched"),
         ({"replace": "none"}, "loss"),
-        ({"replace": "linear", "protect_first": 1}, "patched"),
+        ({"replace": "linear", "protect_first": 1}, "loss"),
         ({"select": "kl"}, "kl"),
         ({"select": "replaceability", "replace": "none"}, "replaceability"),
         ({"select": "cosine"}, None),

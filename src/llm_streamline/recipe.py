@@ -81,9 +81,9 @@ class Recipe(Schema):
         None,
         description="What decides between the windows of one length: cosine (the paper's), relative change, loss or kl "
         "after deletion, replaceability (what no linear map explains), last (the highest), or auto: the best few by "
-        "these, ranked by loss with a linear map in their place, or without one for --replace none. With --replace "
-        "none also single layers, wherever they lie: influence (those that change the state least) or greedy (one "
-        "after the other, by the loss after deletion). [default: auto, and cosine where the model does not fit in "
+        "these, ranked by loss with a linear map in their place, or without one for --replace none and linear. With "
+        "--replace none also single layers, wherever they lie: influence (those that change the state least) or greedy "
+        "(one after the other, by the loss after deletion). [default: auto, and cosine where the model does not fit in "
         "memory]",
     )
     protect_first: int = Field(1, ge=0, description="How many first layers no window may take.")

@@ -169,7 +169,7 @@ def score(work: Workspace, recipe: Recipe) -> By | None:
         return None
     if recipe.select in SCORES:
         return next(by for by in SCORES if by == recipe.select)
-    if recipe.replace == "none":
+    if not recipe.occupied:  # a map that is folded does not mend what one of the whole state would
         return "loss"
     if work.parts.calibration.numel() < 2 * FEWEST_ROWS * work.config.hidden_size:
         _say(

@@ -163,6 +163,6 @@ def _ranked(recipe: Recipe, layers: int) -> int:
 def _rankings(recipe: Recipe, layers: int) -> dict[str, int]:
     """How many rankings, of how many windows at most, for how many of which maps are fitted."""
     ranked = _ranked(recipe, layers)
-    mapped = min(SHORTLIST, ranked) if recipe.select in (None, "auto") and recipe.replace != "none" else 0
+    mapped = min(SHORTLIST, ranked) if recipe.select in (None, "auto") and recipe.occupied else 0
     mapped = ranked if recipe.select == "replaceability" else mapped
     return {"windows": recipe.count, "ranked": ranked, "mapped": mapped}
