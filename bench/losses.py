@@ -23,7 +23,7 @@ from llm_streamline.recipe import Recipe, Runtime
 from llm_streamline.scoring.perplexity import next_token_loss
 from llm_streamline.workspace import Workspace
 
-LOSSES = ("none", "nmse", "mse", "cosine", "lm", "kl", "kl:100", "kl+0.3lm", "mse:0.6,kl:0.4", "nmse:0.3,kl:0.7", LOSS)
+LOSSES = ("none", "nmse", "mse", "cosine", "lm", "kl", "kl:100", "kl+0.3lm", "mse:0.6,kl:0.4", LOSS)
 
 
 def rows(options: argparse.Namespace, seed: int, done: set[tuple[Any, ...]]) -> Any:
