@@ -41,6 +41,7 @@ from llm_streamline.scoring.texts import read_text, windows
 
 DENSE = "dense"
 DOCUMENT_TOKENS = 1024  # of each held-out document, from its beginning
+TEXT_TOO = "nmse:0.3,kl+0.3lm:0.7"
 METHODS: dict[str, dict[str, Any]] = {  # what of a recipe each sets; the tokens are the same for all that train
     "none": {"replace": "none"},
     "default": {},
@@ -48,6 +49,8 @@ METHODS: dict[str, dict[str, Any]] = {  # what of a recipe each sets; the tokens
     "paper-random": {"preset": "paper-random"},
     "paper-ffn": {"preset": "paper-ffn", "custom_code": True},
     "healed": {"heal": "all"},
+    "default-text": {"loss": TEXT_TOO},
+    "healed-text": {"heal": "all", "heal_loss": TEXT_TOO},
     **{name: {"preset": name} for name in ("lora", "uidl", "last-n-head", "shortgpt", "sleb", "laco")},
     **{name: {"preset": name} for name in ("replaceme", "replaceme-cosine")},
     **{name: {"preset": name, "custom_code": True} for name in ("linearpatch", "ghost")},
@@ -61,6 +64,13 @@ def given(text: str) -> tuple[str, dict[str, Any]]:
     if not colon and name not in METHODS:
         sys.exit(f"--methods {text} is not known: give one of {', '.join(METHODS)}, or NAME::key=value;key=value.")
     return name, METHODS[name] if not colon else dict(pair.split("=", 1) for pair in values.split(";"))
+
+
+def learns_text(name: str) -> bool:
+    """Whether a method's loss is in part that of the text's next tokens."""
+    recipe = Recipe(model="", **METHODS.get(name, {}))
+    trained = [one.objective for one, trains in ((recipe, recipe.learns), (recipe.healing, recipe.heals)) if trains]
+    return any(part.kind == "lm" or part.text for objective in trained for part in objective.parts)
 
 
 def asked(name: str, remove: str, layers: int) -> str:

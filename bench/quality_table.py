@@ -2,8 +2,8 @@
 
 `python -m bench.quality_table ROWS [--against default] [--costs]`. Documents (or questions) and seeds are drawn
 together, the same for both methods of a pair, so that what is common to them falls out. Rows of `bench.control` add
-what each method keeps over the dense model trained on the same text. --costs adds what each took: memory is told right
-by a row that a process of its own has measured.
+what each method keeps over the dense model trained on the same text by the same loss. --costs adds what each took:
+memory is told right by a row that a process of its own has measured.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.quality import DENSE
+from bench.quality import DENSE, learns_text
 from bench.rows import SUFFIX, read_row
 
 DRAWS = 2000
@@ -90,15 +90,20 @@ def _interval(
 
 
 def controls(dense: Row, methods: dict[str, list[Row]]) -> dict[str, float]:
-    """By method, its excess less that of the dense model with as much of it trained; empty without such rows."""
+    """By method, its excess less that of the dense model with as much of it trained by the same loss.
+
+    A loss of the dense model's own states and distribution leaves it as it is; so does none. Empty without such rows.
+    """
     if not {"control", "control-all"} <= methods.keys():
         return {}
     layer = methods["control"][0]["trained"]
     beside = {
         name: "control" if rows[0]["trained"] <= ONE_LAYER * layer else "control-all" for name, rows in methods.items()
     }
-    found = {}
+    found = {name: Compared(dense, methods[name]).excess() for name in beside if not learns_text(name)}
     for name, other in beside.items():
+        if name in found:
+            continue
         seeds = {row["seed"] for row in methods[name]} & {row["seed"] for row in methods[other]}
         pair = ([row for row in methods[key] if row["seed"] in seeds] for key in (name, other))
         if seeds:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bench import control, quality_table, quality_tokens
-from bench.quality import Judge, asked
+from bench.quality import METHODS, Judge, asked, learns_text
 from bench.quality_table import Compared, differences, read
 from bench.rows import SUFFIX, read_row, write_row
 from llm_streamline.checkpoint import Source, load_model
@@ -75,11 +75,14 @@ def test_seeds_that_differ_widen_the_interval():
 
 def test_each_league_has_its_own_control_and_the_same_seeds(folder):
     dense, found = read(folder)
-    over = quality_table.controls(dense, found["25%"])
-    assert over["default"] == pytest.approx(((8 + 4) + (16 + 8)) / 2 / 40)
-    assert over["healed"] == pytest.approx((4 + 12) / 40)
-    del found["25%"]["control"][1]  # of a seed that the default has
-    assert quality_table.controls(dense, found["25%"])["default"] == pytest.approx((8 + 4) / 40)
+    methods = found["25%"]
+    methods["default-text"], methods["uidl"] = methods["default"], methods["healed"]
+    over = quality_table.controls(dense, methods)
+    assert over["default-text"] == pytest.approx(((8 + 4) + (16 + 8)) / 2 / 40)
+    assert over["uidl"] == pytest.approx((4 + 12) / 40)
+    assert over["default"] == pytest.approx((8 + 16) / 2 / 40), "the dense model has nothing to learn from itself"
+    del methods["control"][1]  # of a seed that the default has
+    assert quality_table.controls(dense, methods)["default-text"] == pytest.approx((8 + 4) / 40)
     del found["25%"]["control-all"]
     assert quality_table.controls(dense, found["25%"]) == {}
 
@@ -88,7 +91,7 @@ def test_the_tables_show_them(folder, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["quality_table", str(folder), "--costs"])
     quality_table.main()
     lines = capsys.readouterr().out.splitlines()
-    assert "| `default` (2) | 1:3 | 100 | 0.3000 |  | 0.4500 | 1.0000 |  | 0.5000 |  | 9 |" in lines
+    assert "| `default` (2) | 1:3 | 100 | 0.3000 |  | 0.3000 | 1.0000 |  | 0.5000 |  | 9 |" in lines
     assert "| `paper` (2) | 100 | 6 | 1.50 | 10 | 1.25 | 2 | 1.00 |" in lines
     widths = [[line.count("|") for line in lines[at : at + 3]] for at, line in enumerate(lines) if "| method" in line]
     assert len(widths) == 3 and all(min(width) == max(width) for width in widths)
@@ -122,3 +125,8 @@ def test_a_control_trains_a_layer_or_all_of_the_dense_model_and_removes_nothing(
 @pytest.mark.parametrize(("name", "given"), [("default", "25%"), ("none", "25%"), ("ghost", "2"), ("linearpatch", "2")])
 def test_a_map_between_two_layers_is_no_layer_that_is_kept(name, given):
     assert asked(name, "25%", 12) == given
+
+
+def test_what_learns_from_the_text_is_told_by_its_losses():
+    told = {name for name in METHODS if learns_text(name)}
+    assert told == {"lora", "uidl", "last-n-head", "default-text", "healed-text"}
