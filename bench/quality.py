@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from bench.depths import Peak
 from bench.rows import SUFFIX, read_row, write_row
 from llm_streamline import compress, run, selection
-from llm_streamline.checkpoint import Source, context_length, load_model, load_tokenizer
+from llm_streamline.checkpoint import Source, context_length, load_config, load_model, load_tokenizer
 from llm_streamline.errors import UserError
 from llm_streamline.families import layers_of
 from llm_streamline.memory import held, release
@@ -68,9 +68,8 @@ def given(text: str) -> tuple[str, dict[str, Any]]:
 
 def learns_text(name: str) -> bool:
     """Whether a method's loss is in part that of the text's next tokens."""
-    recipe = Recipe(model="", **METHODS.get(name, {}))
-    trained = [one.objective for one, trains in ((recipe, recipe.learns), (recipe.healing, recipe.heals)) if trains]
-    return any(part.kind == "lm" or part.text for objective in trained for part in objective.parts)
+    losses = Recipe(model="", **METHODS[name]).trained_by
+    return any(part.kind == "lm" or part.text for objective in losses for part in objective.parts)
 
 
 def asked(name: str, remove: str, layers: int) -> str:
@@ -171,7 +170,7 @@ class Wanted(NamedTuple):
 
 def missing(options: argparse.Namespace) -> list[Wanted]:
     """The rows that were asked for and are not there, all methods of one seed and share in a row."""
-    found, layers = [], load_model(Source(options.model), torch.float32).config.num_hidden_layers
+    found, layers = [], load_config(Source(options.model)).num_hidden_layers
     for seed in options.seeds:
         for remove in options.remove:
             for name, values in map(given, options.methods):

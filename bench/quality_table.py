@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.quality import DENSE, learns_text
+from bench.quality import DENSE, METHODS, learns_text
 from bench.rows import SUFFIX, read_row
 
 DRAWS = 2000
@@ -97,13 +97,10 @@ def controls(dense: Row, methods: dict[str, list[Row]]) -> dict[str, float]:
     if not {"control", "control-all"} <= methods.keys():
         return {}
     layer = methods["control"][0]["trained"]
-    beside = {
-        name: "control" if rows[0]["trained"] <= ONE_LAYER * layer else "control-all" for name, rows in methods.items()
-    }
-    found = {name: Compared(dense, methods[name]).excess() for name in beside if not learns_text(name)}
-    for name, other in beside.items():
-        if name in found:
-            continue
+    known = {name: rows for name, rows in methods.items() if name in METHODS}  # of others no one knows the loss
+    found = {name: Compared(dense, rows).excess() for name, rows in known.items() if not learns_text(name)}
+    for name in known.keys() - found.keys():
+        other = "control" if methods[name][0]["trained"] <= ONE_LAYER * layer else "control-all"
         seeds = {row["seed"] for row in methods[name]} & {row["seed"] for row in methods[other]}
         pair = ([row for row in methods[key] if row["seed"] in seeds] for key in (name, other))
         if seeds:

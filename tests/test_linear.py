@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from llm_streamline import assemble, folding, objective, oracle, run
+from llm_streamline import assemble, folding, objective, oracle, run, verdict
 from llm_streamline.architectures import FAMILIES
 from llm_streamline.assemble import Parts, build
 from llm_streamline.errors import UserError, VerificationError
@@ -217,6 +217,7 @@ def test_cosines_are_of_the_streams_tokens_where_a_family_flattens_them_before_i
     model, ids = tiny.make_model("opt"), tiny.random_ids(60, 32)
     _, fit = solve_window(model, WINDOW, ids[:40], ids[40:], Reading(True, "cosine", 4))
     assert fit.validation_after < 0.98 * fit.validation_before
+    assert "unexplained" not in verdict.solved(fit), "a share of what is not the states"
 
 
 def streams(tokens: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

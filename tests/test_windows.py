@@ -240,10 +240,10 @@ def test_by_cosine_too_the_second_window_is_the_most_similar_without_the_first(r
 
 
 def test_compress_with_two_windows(recipe, llama_folder, tmp_path):
-    result = run.compress(recipe(**TWO, seed=1, loss="nmse:0.3,kl:0.7"), quiet(tmp_path))
+    result = run.compress(recipe(**TWO, seed=1), quiet(tmp_path))
     plan = result.plan
     assert result.verification.passed and plan.net == 2 and result.fit.validation_best < result.fit.validation_before
-    work = Workspace(recipe(**TWO, seed=1, loss="nmse:0.3,kl:0.7"), quiet(tmp_path))
+    work = Workspace(recipe(**TWO, seed=1), quiet(tmp_path))
     blocks, saved_model = work.parts.validation.long(), AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     with torch.no_grad():  # what was trained is what was saved
         dense, found = (one(blocks).logits.double().div(2).log_softmax(-1) for one in (work.model, saved_model))

@@ -81,8 +81,7 @@ def tried_with_what(recipe: Recipe) -> str | None:
 
 
 def temperature_of_nothing(recipe: Recipe) -> str | None:
-    trained = [one.objective for one, trains in ((recipe, recipe.learns), (recipe.healing, recipe.heals)) if trains]
-    parts = [part for objective in trained for part in objective.parts]
+    parts = [part for objective in recipe.trained_by for part in objective.parts]
     if recipe.temperature is not None and all(part.kind != "kl" for part in parts):
         return f"--temperature {recipe.temperature:g} is for a loss of kl, and nothing trains by one here; leave it out"
     return None

@@ -235,6 +235,11 @@ class Recipe(Schema):
         return parse_objective(self.loss_used)
 
     @property
+    def trained_by(self) -> list[Objective]:
+        """What lowers anything: the replacement's losses where it learns, and healing's."""
+        return [one.objective for one, trains in ((self, self.learns), (self.healing, self.heals)) if trains]
+
+    @property
     def loss_used(self) -> str:
         """The loss asked for, or the default where the model is held; a closed form has one of states alone."""
         return self.loss or (STATES_ONLY if self.solved else LOSS)
