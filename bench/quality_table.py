@@ -9,6 +9,7 @@ memory is told right by a row that a process of its own has measured.
 from __future__ import annotations
 
 import argparse
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,14 @@ class Compared:
         self.agree = np.array([[right for _, right, _ in row["items"]] for row in rows], dtype=bool) == first
         self.right = np.array([[likeliest for _, _, likeliest in row["items"]] for row in rows], dtype=float)
 
+    def of(self, seeds: list[int]) -> Compared:
+        """The same with those of its seeds alone."""
+        rows = [number for number, seed in enumerate(self.seeds) if seed in seeds]
+        few = copy.copy(self)
+        few.seeds = [self.seeds[number] for number in rows]
+        few.extra, few.agree, few.right = self.extra[rows], self.agree[rows], self.right[rows]
+        return few
+
     def excess(self) -> float:
         """Nats per token over the dense model."""
         return float(self.extra.sum(axis=1).mean() / self.tokens.sum())
@@ -67,7 +76,8 @@ class Compared:
 
 
 def differences(one: Compared, other: Compared, generator: np.random.Generator) -> dict[str, tuple[float, float]]:
-    """95 % intervals of one minus other, by figure; both have the same seeds."""
+    """95 % intervals of one minus other, by figure, over the seeds that both have."""
+    one, other = one.of(other.seeds), other.of(one.seeds)
     seeds = generator.integers(len(one.seeds), size=(DRAWS, len(one.seeds)))
     return {
         "excess": _interval(one.extra - other.extra, one.tokens, seeds, generator),
@@ -89,8 +99,8 @@ def _interval(
     return (float(np.percentile(found, 2.5)), float(np.percentile(found, 97.5)))
 
 
-def controls(dense: Row, methods: dict[str, list[Row]]) -> dict[str, float]:
-    """By method, its excess less that of the dense model with as much of it trained by the same loss.
+def controls(dense: Row, methods: dict[str, list[Row]]) -> dict[str, Compared]:
+    """By method, its rows with excess over the dense model that had as much of it trained by the same loss and seed.
 
     A loss of the dense model's own states and distribution leaves it as it is; so does none. Empty without such rows.
     """
@@ -98,36 +108,47 @@ def controls(dense: Row, methods: dict[str, list[Row]]) -> dict[str, float]:
         return {}
     layer = methods["control"][0]["trained"]
     known = {name: rows for name, rows in methods.items() if name in METHODS}  # of others no one knows the loss
-    found = {name: Compared(dense, rows).excess() for name, rows in known.items() if not learns_text(name)}
-    for name in known.keys() - found.keys():
+    found = {name: Compared(dense, rows) for name, rows in known.items()}
+    for name in filter(learns_text, list(found)):
         other = "control" if methods[name][0]["trained"] <= ONE_LAYER * layer else "control-all"
-        seeds = {row["seed"] for row in methods[name]} & {row["seed"] for row in methods[other]}
-        pair = ([row for row in methods[key] if row["seed"] in seeds] for key in (name, other))
-        if seeds:
-            own, base = (Compared(dense, rows).excess() for rows in pair)
-            found[name] = own - base
-    return found
+        base = Compared(dense, methods[other])
+        own, base = found[name].of(base.seeds), base.of(found[name].seeds)
+        own.extra = own.extra - base.extra
+        found[name] = own
+    return {name: rows for name, rows in found.items() if rows.seeds}
+
+
+def _above(over: dict[str, Compared], name: str, against: str) -> str:
+    """The excess over the control, and the interval of what it is more than the first's."""
+    if name not in over or not over[name].seeds:
+        return " | "
+    gap = differences(over[name], over[against], np.random.default_rng(0))["excess"] if against in over else None
+    return f"{over[name].excess():.4f} | {_shown(gap) if name != against else ''}"
+
+
+def _shown(interval: tuple[float, float] | None) -> str:
+    return "[{:+.4f}, {:+.4f}]".format(*interval) if interval else ""
 
 
 def table(dense: Row, methods: dict[str, list[Row]], against: str) -> None:
-    names = [name for name in methods if methods[name][0].get("documents")]
-    heads = ["method", "window", "trained", "excess, nats", "minus the first", "over the control"]
+    judged = {name: rows for name, rows in methods.items() if rows[0].get("documents")}
+    heads = ["method", "window", "trained", "excess, nats", "minus the first", "over the control", "minus"]
     heads += ["stability", "minus", "accuracy", "minus", "CPU s"]
     print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
-    first, over = Compared(dense, methods[against]), controls(dense, {name: methods[name] for name in names})
-    for name in sorted(names, key=lambda name: Compared(dense, methods[name]).excess()):
-        rows = [row for row in methods[name] if row["seed"] in first.seeds]
-        one = Compared(dense, rows)
-        same = Compared(dense, [row for row in methods[against] if row["seed"] in one.seeds])
-        gaps = differences(one, same, np.random.default_rng(0))
-        low, high = zip(*(gaps[key] for key in ("excess", "stability", "accuracy")), strict=True)
-        shown = [f"[{a:+.4f}, {b:+.4f}]" if name != against else "" for a, b in zip(low, high, strict=True)]
-        windows = "/".join(dict.fromkeys(row["window"] for row in rows))
+    first = Compared(dense, judged[against])
+    over = {name: rows.of(first.seeds) for name, rows in controls(dense, judged).items()}
+    found = {name: Compared(dense, rows) for name, rows in judged.items()}
+    for name, rows in sorted(judged.items(), key=lambda pair: found[pair[0]].excess()):
+        one = found[name].of(first.seeds)
+        gaps = differences(one, first, np.random.default_rng(0))
+        shown = {key: _shown(gap) if name != against else "" for key, gap in gaps.items()}
+        places = "/".join(dict.fromkeys(row["window"] for row in rows))
         seconds = np.mean([row["cpu_seconds"] for row in rows])
-        above = f"{over[name]:.4f}" if name in over else ""
         print(
-            f"| `{name}` ({len(rows)}) | {windows} | {rows[0]['trained']:,} | {one.excess():.4f} | {shown[0]} "
-            f"| {above} | {one.stability():.4f} | {shown[1]} | {one.accuracy():.4f} | {shown[2]} | {seconds:.0f} |"
+            f"| `{name}` ({len(one.seeds)}) | {places} | {rows[0]['trained']:,} "
+            f"| {one.excess():.4f} | {shown['excess']} | {_above(over, name, against)} "
+            f"| {one.stability():.4f} | {shown['stability']} "
+            f"| {one.accuracy():.4f} | {shown['accuracy']} | {seconds:.0f} |"
         )
 
 

@@ -78,20 +78,36 @@ def test_each_league_has_its_own_control_and_the_same_seeds(folder):
     methods = found["25%"]
     methods["default-text"], methods["uidl"] = methods["default"], methods["healed"]
     over = quality_table.controls(dense, methods)
-    assert over["default-text"] == pytest.approx(((8 + 4) + (16 + 8)) / 2 / 40)
-    assert over["uidl"] == pytest.approx((4 + 12) / 40)
-    assert over["default"] == pytest.approx((8 + 16) / 2 / 40), "the dense model has nothing to learn from itself"
+    assert over["default-text"].excess() == pytest.approx(((8 + 4) + (16 + 8)) / 2 / 40)
+    assert over["uidl"].excess() == pytest.approx((4 + 12) / 40)
+    assert over["default"].excess() == pytest.approx((8 + 16) / 2 / 40), (
+        "the dense model has nothing to learn from itself"
+    )
     del methods["control"][1]  # of a seed that the default has
-    assert quality_table.controls(dense, methods)["default-text"] == pytest.approx((8 + 4) / 40)
+    assert quality_table.controls(dense, methods)["default-text"].excess() == pytest.approx((8 + 4) / 40)
+    methods["control"][0]["seed"] = 7
+    assert "default-text" not in quality_table.controls(dense, methods), "no seed has both"
     del found["25%"]["control-all"]
     assert quality_table.controls(dense, found["25%"]) == {}
+
+
+def test_excess_over_the_control_has_its_own_interval(folder, capsys):
+    dense, found = read(folder)
+    methods = found["25%"]
+    methods["default-text"] = [{**one, "method": "default-text"} for one in methods["default"]]
+    quality_table.table(dense, methods, "default")
+    line = next(line for line in capsys.readouterr().out.splitlines() if "`default-text`" in line)
+    cells = [cell.strip() for cell in line.split("|")][1:-1]
+    assert cells[3:5] == ["0.3000", "[+0.0000, +0.0000]"] and cells[5] == "0.4500"
+    low, high = (float(end) for end in cells[6].strip("[]").split(","))
+    assert (low, high) == pytest.approx((4 / 60, 12 / 20), abs=1e-4), "the controls' -4 to -8 of 40 tokens"
 
 
 def test_the_tables_show_them(folder, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["quality_table", str(folder), "--costs"])
     quality_table.main()
     lines = capsys.readouterr().out.splitlines()
-    assert "| `default` (2) | 1:3 | 100 | 0.3000 |  | 0.3000 | 1.0000 |  | 0.5000 |  | 9 |" in lines
+    assert "| `default` (2) | 1:3 | 100 | 0.3000 |  | 0.3000 |  | 1.0000 |  | 0.5000 |  | 9 |" in lines
     assert "| `paper` (2) | 100 | 6 | 1.50 | 10 | 1.25 | 2 | 1.00 |" in lines
     widths = [[line.count("|") for line in lines[at : at + 3]] for at, line in enumerate(lines) if "| method" in line]
     assert len(widths) == 3 and all(min(width) == max(width) for width in widths)
