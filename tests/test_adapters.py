@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -88,6 +89,35 @@ def test_modules_listed_by_name_are_renumbered(llama_folder, shorter, tmp_path):
     adapter_of(llama_folder, tmp_path / "lora", target_modules=["layers.2.mlp.up_proj", "layers.5.mlp.up_proj"])
     remap_adapter(tmp_path / "lora", shorter, tmp_path / "new")
     assert json.loads((tmp_path / "new" / CONFIG).read_text())["target_modules"] == ["layers.3.mlp.up_proj"]
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [["q_proj", "embed_tokens", "lm_head"], r".*\.layers\.[045]\.(self_attn\.q_proj|mlp\.down_proj)"],
+    ids=["modules-outside", "an-expression-with-numbers"],
+)
+@pytest.mark.filterwarnings("ignore:.*save_embedding_layers")
+def test_what_layers_alone_cannot_tell_is_told_module_by_module(targets, llama_folder, shorter, tmp_path):
+    dense = adapter_of(llama_folder, tmp_path / "lora", target_modules=targets)
+    remap_adapter(tmp_path / "lora", shorter, tmp_path / "new")
+    model = AutoModelForCausalLM.from_pretrained(shorter / "model")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*(missing|unexpected).*keys")
+        loaded = PeftModel.from_pretrained(model, tmp_path / "new").eval()
+    for old, new in NEW.items():
+        assert torch.equal(passing(dense.get_base_model(), old), passing(loaded.get_base_model(), new))
+    kept = load_file(tmp_path / "new" / WEIGHTS)
+    found = {key.replace(".default", "") for key in loaded.state_dict() if "lora_" in key}
+    assert found == {key for key in kept if "lora_" in key}, "nothing more and nothing less is adapted"
+    if isinstance(targets, list):
+        assert any("embed_tokens.lora_" in key for key in kept) and any("lm_head.lora_" in key for key in kept)
+
+
+def test_a_folder_with_code_of_its_own_is_refused(recipe, llama_folder, tmp_path):
+    way = {"remove": None, "window": "1:4", "tokens": 2000, "replace": "ffn", "custom_code": True}
+    run.compress(recipe(**way), quiet(tmp_path / "own"))
+    adapter_of(llama_folder, tmp_path / "lora")
+    assert "brings its own model code" in refused(tmp_path / "lora", tmp_path / "own", tmp_path)
 
 
 def refused(adapter, shorter, tmp_path) -> str:

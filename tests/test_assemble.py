@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -98,7 +99,7 @@ def test_tokenizer_settings_map_and_manifest_travel_along(published):
     assert (folder / "generation_config.json").is_file()
 
 
-@pytest.mark.parametrize("name", tiny.VARIED)
+@pytest.mark.parametrize("name", [*tiny.VARIED, "gptj", "codegen"])  # these two compute buffers within a layer
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_tied_weights_are_stored_once_in_the_asked_format(name, dtype, tmp_path, in_this_process):
     parts = make_parts(name)
@@ -110,6 +111,28 @@ def test_tied_weights_are_stored_once_in_the_asked_format(name, dtype, tmp_path,
     assert sum(tensor.numel() for tensor in tensors.values()) == parts.plan.parameters_after
     assert {tensor.dtype for tensor in tensors.values()} == {dtype}
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "model").dtype == dtype
+
+
+def test_a_tokenizer_with_code_of_its_own_is_checked_where_that_is_trusted(tmp_path, in_this_process, monkeypatch):
+    folder = tmp_path / "model"
+    write(make_parts("llama"), folder)
+    (folder / "own.py").write_text(
+        "from transformers import PreTrainedTokenizerFast\nclass Own(PreTrainedTokenizerFast): pass\n"
+    )
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings |= {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "own.Own"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert oracle.check(folder, True).passed
+    with pytest.raises((ValueError, EOFError, OSError)):  # it asks first, and nobody answers
+        oracle.check(folder)
+    said = []
+    answer = SimpleNamespace(returncode=1, stderr="no", stdout="")
+    monkeypatch.setattr(
+        oracle, "subprocess", SimpleNamespace(run=lambda command, **_: said.append(command) or answer, DEVNULL=None)
+    )
+    oracle.verify(folder, True)
+    oracle.verify(folder)
+    assert [oracle._TRUST in command for command in said] == [True, False]
 
 
 def test_one_fresh_process_finds_several_families_right(tmp_path, in_this_process):

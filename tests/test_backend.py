@@ -13,8 +13,8 @@ import torch
 from llm_streamline.errors import UserError
 from llm_streamline.evaluation import Request
 from llm_streamline.recipe import Runtime
+from llm_streamline.run import evaluate
 from llm_streamline.scoring.backend import check_vllm, language_model
-from llm_streamline.scoring.evaluate import evaluate
 from llm_streamline.scoring.items import read_items
 from tests import tiny
 from tests.test_tasks import make_jsonl, make_yaml

@@ -144,6 +144,12 @@ def test_a_cache_for_one_epoch_is_refused(llama_folder, text_file, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_cache_where_nothing_stands_in_is_refused(llama_folder, text_file, tmp_path):
+    with pytest.raises(UserError, match=r"--cache is for what stands in, and --replace none trains none"):
+        recipe = Recipe(model=str(llama_folder), data=text_file, replace="none", heal="norm", epochs=2, remove=2)
+        run.compress(recipe, Runtime(output=tmp_path / "out", cache="1GB", quiet=True))
+
+
 def test_its_size_is_known_beforehand(tmp_path):
     source, _ = cached(trainer(), tmp_path / "cache")
     file = tmp_path / "cache" / "states.bin"
@@ -185,5 +191,6 @@ def test_a_run_killed_after_its_training_leaves_no_cache(tmp_path):
     (tmp_path / "replacement").mkdir()
     fit.write(tmp_path / "replacement" / "fit.json")
     cached(trainer(), tmp_path / "cache")
-    assert training.trained_before(folder, Snapshot(tmp_path / "checkpoint.safetensors", 1.0), "replacement") == fit
+    snapshot = Snapshot(tmp_path / "checkpoint.safetensors", 1.0)
+    assert training.trained_before(folder, snapshot, "replacement", "of a later round") == fit
     assert not (tmp_path / "cache").exists()

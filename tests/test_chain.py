@@ -10,14 +10,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from llm_streamline import assemble as assemble_module
+from llm_streamline import chain, oracle, run
 from llm_streamline import lighter as lighter_module
-from llm_streamline import oracle, run
 from llm_streamline.chain import PLACES
 from llm_streamline.errors import UserError, VerificationError
 from llm_streamline.evaluation import CHAIN, Chain
 from llm_streamline.lighter import by_torchao, write_lighter
 from llm_streamline.oracle import LOSSY, MANIFEST
 from llm_streamline.records import Manifest
+from llm_streamline.workspace import Workspace
 from tests.test_run import quiet, recipe
 
 __all__ = ["recipe"]  # a fixture
@@ -104,6 +105,10 @@ def test_what_is_not_there_is_refused_first(recipe, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"llama.cpp is not installed|has no convert_hf"):
         monkeypatch.setenv("LLAMA_CPP", str(tmp_path))
         run.compress(recipe(), quiet(tmp_path / "run", then="int4"))
+    with pytest.raises(UserError, match=r"--then int8 holds the model in memory whole"), monkeypatch.context() as short:
+        short.setattr(chain, "check_library", lambda kind: None)
+        short.setattr(Workspace, "offloads", True)
+        run.compress(recipe(loss="nmse"), quiet(tmp_path / "run", then="int8"))
     with pytest.raises(UserError, match=r"--then int8 is for models that load without code of their own"):
         run.compress(recipe(replace="ffn", custom_code=True), quiet(tmp_path / "run", then="int8"))
     assert not (tmp_path / "run").exists()
@@ -111,5 +116,7 @@ def test_what_is_not_there_is_refused_first(recipe, tmp_path, monkeypatch):
 
 def test_a_model_of_no_tasks_has_a_chain_of_losses(recipe, tmp_path):
     found = run.compress(recipe(replace="none"), quiet(tmp_path / "run", then="int8", tasks=("none",)))
+    assert Manifest.read(tmp_path / "run" / "model-int8" / MANIFEST).scores == found.scores
+    assert "Not measured yet" not in (tmp_path / "run" / "model-int8" / "README.md").read_text()
     assert found.evaluation is None and [one.accuracy for one in found.chain.links] == [None] * 3
     assert json.loads((tmp_path / "run" / "int8.json").read_text())["path"] == PLACES["int8"]

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from llm_streamline import files, preview, run
+from llm_streamline import memory as memory_module
 from llm_streamline.errors import UserError
 from llm_streamline.estimate import predict
+from llm_streamline.probe import Rates, timed
 from llm_streamline.recipe import Recipe, Runtime
 from llm_streamline.sizes import sizes_of
 from llm_streamline.workspace import Workspace
@@ -192,3 +194,24 @@ def test_the_default_batch_leaves_room_for_the_layers_above():
 def test_cosines_are_solved_for_in_several_passes():
     once, often = (stages(workspace("bundled", replace="linear", loss=loss)) for loss in ("mse", "cosine"))
     assert often["closed form"].tokens == 6 * once["closed form"].tokens
+
+
+def test_layers_taken_one_by_one_cost_a_ranking_each(llama_folder):
+    one, three = (stages(workspace(llama_folder, preset="sleb", remove=count))["ranking"].tokens for count in (1, 3))
+    assert three == 3 * one
+
+
+def test_every_pass_of_a_closed_form_takes_time():
+    def seconds(loss):
+        work = workspace("bundled", replace="linear", loss=loss)
+        found = timed(work.estimate, sizes_of(work), Rates(forward=1e-6, training=1e-6))
+        return next(stage.seconds for stage in found.stages if stage.name == "closed form")
+
+    assert seconds("cosine") == pytest.approx(6 * seconds("mse"))
+
+
+def test_a_group_that_others_lie_in_limits_them(monkeypatch):
+    files = {"/proc/self/cgroup": ["0::/job/step/task"], "/sys/fs/cgroup/job/memory.max": ["1000"]}
+    files |= {"/sys/fs/cgroup/job/step/task/memory.max": ["max"]}
+    monkeypatch.setattr(memory_module, "_lines", lambda path: files.get(str(path), []))
+    assert memory_module.memory_limit() == 1000

@@ -18,9 +18,11 @@ from llm_streamline import oracle
 from llm_streamline.cli import main
 from llm_streamline.errors import UserError
 from llm_streamline.evaluation import Request
+from llm_streamline.lock import run_lock
 from llm_streamline.recipe import Runtime
+from llm_streamline.run import evaluate
 from llm_streamline.scoring import evaluator as stage
-from llm_streamline.scoring.evaluate import compared, evaluate
+from llm_streamline.scoring.evaluate import compared
 from llm_streamline.scoring.items import read_items
 from llm_streamline.scoring.prompts import bundled_openings
 from llm_streamline.scoring.stability import compare_tasks
@@ -246,6 +248,14 @@ def test_a_folder_with_code_of_its_own_is_evaluated_when_trusted(models, inputs,
     request = Request(models=names[1:], against=names[0], tasks=inputs[0])
     found = evaluate(request, Runtime(output=tmp_path / "out", quiet=True, trust_remote_code=True))
     assert [one.label for one in found.models] == ["dense", "shorter"] and found.models[1].stability
+
+
+def test_one_evaluation_at_a_time_works_in_a_folder(models, inputs, tmp_path):
+    with run_lock(tmp_path / "out"), pytest.raises(UserError, match="is in use by another run"):
+        run(models, inputs, tmp_path / "out", text=())
+    assert not (tmp_path / "out").exists()
+    assert run(models, inputs, tmp_path / "out", text=())
+    assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
 
 
 def refused(capsys, words: str, *arguments: str) -> None:

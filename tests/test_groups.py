@@ -12,8 +12,8 @@ from llm_streamline.cli import main
 from llm_streamline.evaluation import Evaluation, ModelScore, Request, TaskScore
 from llm_streamline.recipe import Runtime
 from llm_streamline.report import accuracy_table, evaluation_lines
+from llm_streamline.run import evaluate
 from llm_streamline.scoring import tasks as tasks_module
-from llm_streamline.scoring.evaluate import evaluate
 from llm_streamline.scoring.groups import grouped
 from llm_streamline.scoring.stability import macro
 from tests.test_evaluate import models  # noqa: F401

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,11 +14,14 @@ from transformers import AutoModelForCausalLM
 from llm_streamline import assemble as assemble_module
 from llm_streamline import lighter as lighter_module
 from llm_streamline import oracle, run
+from llm_streamline.chain import PLACES, check_asked, kinds, standing
 from llm_streamline.errors import UserError, VerificationError
+from llm_streamline.evaluation import Lighter
 from llm_streamline.lighter import by_llm_compressor, group_size, write_lighter
 from llm_streamline.oracle import LOSSY, MANIFEST
-from llm_streamline.records import Manifest
-from llm_streamline.workspace import Workspace
+from llm_streamline.records import Loss, Manifest
+from llm_streamline.scoring.given import Prompts, Questions
+from llm_streamline.workspace import RunFolder, Workspace
 from tests import tiny
 from tests.test_run import quiet, recipe
 
@@ -86,3 +90,28 @@ def test_what_is_rounded_wrongly_is_not_published(recipe, tmp_path):
     with pytest.raises(VerificationError, match=r"the w4a16 model is not published: logits differ"):
         write_lighter("w4a16", wrong, tmp_path / "run" / "model", tmp_path / "lighter")
     assert not (tmp_path / "lighter").exists()
+
+
+def test_a_gguf_file_is_asked_what_it_can_be(recipe, tmp_path):
+    folder = RunFolder(tmp_path, recipe())
+    chosen, written = Questions("boolq", "d", []), Prompts("written", "d", [])
+    check_asked([chosen], kinds("int4", folder))
+    check_asked([chosen, written], kinds("int8", folder))
+    with pytest.raises(UserError, match="--tasks written is not for the int4 model"):
+        check_asked([chosen, written], kinds("int4", folder))
+    for name in ("int4.json", PLACES["int4"]):
+        (tmp_path / name).touch()
+    with pytest.raises(UserError, match="--tasks written is not for the int4 model"):
+        check_asked([written], kinds(None, folder))
+    check_asked([written], kinds(None, folder, afresh=True))
+
+
+def test_a_gguf_file_holds_a_block_of_the_runs_text(recipe, tmp_path):
+    work = Workspace(recipe(), quiet(tmp_path))
+    work.__dict__["parts"] = SimpleNamespace(validation=torch.zeros(1, 8192))
+    saved = SimpleNamespace(fingerprint="f", context=131072)
+    made = Lighter(kind="int4", path="m.gguf", bytes=1, loss=Loss(nats=1, se=0, tokens=1, sequences=1), claim="")
+    found = standing(work, made, saved, tmp_path)
+    assert found.context == 8192 == found.load.args[1], "and is asked nothing longer"
+    work.parts.validation = torch.zeros(1, 32)
+    assert standing(work, made, saved, tmp_path).context == 4096

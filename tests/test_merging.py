@@ -4,14 +4,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from llm_streamline import assemble, oracle, run
+from llm_streamline import assemble, oracle, run, verdict
 from llm_streamline.errors import UserError
 from llm_streamline.families import layers_of
 from llm_streamline.merging import merged_layers
 from llm_streamline.preview import estimate_only
 from llm_streamline.recipe import Recipe, Runtime
-from llm_streamline.records import Window
+from llm_streamline.records import Loss, Scores, Window
 from tests import tiny
+from tests.test_families import plan_for
 
 WINDOW = Window(start=2, stop=5)
 
@@ -54,3 +55,21 @@ def test_a_whole_run_trains_nothing(llama_folder, text_file, tmp_path, monkeypat
 def test_what_only_training_has_is_refused(changes):
     with pytest.raises(UserError, match=r"not trained: leave out|nothing to train"):
         Recipe(model="m", replace="merged", **changes)
+
+
+def test_nothing_that_is_only_put_in_is_told_to_train_on_more():
+    plan = plan_for(tiny.make_model("llama"), WINDOW, 1).model_copy(update={"replace": "merged"})
+    loss = {name: Loss(nats=nats, se=0.01, tokens=10, sequences=2) for name, nats in (("dense", 3.0), ("cut", 3.5))}
+    worse = Scores(**loss, saved=Loss(nats=5.1, se=0.01, tokens=10, sequences=2))
+    said = verdict.came_back(plan, worse)
+    assert (
+        "what the layers are merged into makes it worse" in said
+        and "Train what stands in (--replace layer), or" in said
+    )
+    two = plan.model_copy(update={"others": [Window(start=4, stop=6)]})
+    assert "training of" not in verdict.came_back(two, worse.model_copy(update={"saved": loss["cut"]}))
+
+
+def test_a_beginning_of_nothing_is_refused():
+    with pytest.raises(UserError, match="--init random is for what stands in, and --replace none puts nothing there"):
+        Recipe(model="m", replace="none", init="random")

@@ -154,6 +154,15 @@ def test_what_a_domain_lacks_goes_to_the_others_and_is_said(corpus, capsys):
     assert read(corpus, mixture=given, domain="meta.source").summary() == parts.summary()
 
 
+def test_a_domain_that_never_occurs_takes_nothing_from_the_others(corpus):
+    mixture = "short=0.5,middle=0.2,long=0.3,typo=0.1"
+    parts = read(corpus, mixture=mixture, domain="meta.source", **DEFAULTS)
+    without = read(corpus, mixture=MIXTURE, domain="meta.source", **DEFAULTS)
+    assert len(parts.training) == pytest.approx(len(without.training), rel=0.1)
+    assert len(parts.calibration) == pytest.approx(len(without.calibration), rel=0.1)
+    assert parts.shares["typo"].got == 0
+
+
 def test_documents_of_other_domains_are_left_out_and_quiet_is_quiet(corpus, capsys):
     parts = read(corpus, mixture="middle=1", domain="meta.source", tokens=16_000, quiet=False)
     assert "documents of other domains are left out: long (" in capsys.readouterr().err

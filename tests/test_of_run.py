@@ -171,3 +171,49 @@ def test_questions_that_do_not_fit_are_refused_before_anything_is_done(made, tmp
         with pytest.raises(UserError, match=told):
             run.compress(recipe, Runtime(output=tmp_path / "run", quiet=True, tasks=tasks))
         assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def finished(made, tmp_path):
+    """A finished run without its replacement, and what it was made of, all in a folder of their own."""
+    recipe, runtime, _ = made
+    shutil.copyfile(recipe.data[0], tmp_path / "text.jsonl")
+    shutil.copyfile(runtime.tasks[0], tmp_path / "asked.jsonl")
+    plain = recipe.model_copy(update={"replace": "none", "data": (str(tmp_path / "text.jsonl"),)})
+    again = runtime.model_copy(update={"output": tmp_path / "run", "tasks": (str(tmp_path / "asked.jsonl"),)})
+    run.compress(plain, again)
+    return plain, again
+
+
+def test_questions_that_were_put_right_are_asked_again(finished, tmp_path):
+    recipe, runtime = finished
+    before = Evaluation.read(tmp_path / "run" / "evaluation.json")
+    rows = [json.loads(line) for line in (tmp_path / "asked.jsonl").read_text().splitlines()]
+    flipped = "".join(json.dumps({**row, "gold": 1 - row["gold"]}) + "\n" for row in rows)
+    (tmp_path / "asked.jsonl").write_text(flipped)
+    after = run.compress(recipe, runtime).evaluation
+    one, other = (found.models[0].task("asked").value for found in (before, after))
+    assert one + other == pytest.approx(1)
+
+
+def test_what_is_asked_later_is_of_the_text_that_the_run_began_with(finished, tmp_path):
+    recipe, runtime = finished
+    with (tmp_path / "text.jsonl").open("a") as file:
+        file.write(json.dumps({"text": "the small red boat"}) + "\n")
+    assert run.compress(recipe, runtime).evaluation, "what is there needs no text"
+    shutil.copyfile(tmp_path / "asked.jsonl", tmp_path / "more.jsonl")
+    with pytest.raises(UserError, match="the text is not the one that the run"):
+        run.compress(recipe, runtime.model_copy(update={"tasks": (str(tmp_path / "more.jsonl"),)}))
+
+
+@pytest.mark.parametrize("stage", ["write_card", "write_report"])
+def test_a_run_killed_after_it_was_asked_more_says_so_when_it_goes_on(stage, finished, tmp_path, monkeypatch):
+    recipe, runtime = finished
+    shutil.copyfile(tmp_path / "asked.jsonl", tmp_path / "more.jsonl")
+    more = runtime.model_copy(update={"tasks": (str(tmp_path / "more.jsonl"),)})
+    with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
+        killed.setattr(run, stage, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        run.compress(recipe, more)
+    run.compress(recipe, more)
+    for told in ("model/README.md", "report.html"):
+        assert "more" in (tmp_path / "run" / told).read_text().split("own-text", 1)[1], told

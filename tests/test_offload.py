@@ -22,6 +22,7 @@ from llm_streamline.recipe import Recipe, Runtime
 from llm_streamline.records import Window
 from llm_streamline.replacement import build_replacement
 from llm_streamline.scoring.perplexity import next_token_loss
+from llm_streamline.workspace import Workspace
 from tests import tiny
 
 BATCHES = [tiny.random_ids(2, 16), tiny.random_ids(2, 16, seed=3), tiny.random_ids(1, 16, seed=4)]
@@ -120,6 +121,23 @@ def test_weights_that_go_while_they_are_needed_are_missed_in_one_sentence(tmp_pa
         list(stored_weights(model))
     with pytest.raises(UserError, match=r"holds no model.safetensors"):
         fingerprint(Source(str(folder)))  # as a run that is continued does before the model is opened
+
+
+def test_the_saved_models_experts_lie_apart_from_the_dense_ones(tmp_path, text_file):
+    """Both are rewritten to the disk, under the same names."""
+    for number in range(2):
+        model = tiny.make_model("qwen3_moe")
+        with torch.no_grad():
+            for value in model.parameters():
+                value.mul_(1 + number / 10)
+        model.save_pretrained(tmp_path / str(number))
+        tiny.make_tokenizer().save_pretrained(tmp_path / str(number))
+    recipe = Recipe(model=str(tmp_path / "0"), data=text_file, block=32, loss="nmse", select="cosine")
+    work = Workspace(recipe, Runtime(memory=LITTLE, compute="float32", output=tmp_path / "out", quiet=True))
+    before = [next(iter(logits_of(work.model, BATCHES[:1])))]
+    other = next(iter(logits_of(work.load_saved(tmp_path / "1", False), BATCHES[:1])))
+    (after,) = logits_of(work.model, BATCHES[:1])
+    assert torch.equal(before[0], after) and not torch.equal(after, other)
 
 
 def test_groups_hold_so_many_tokens(monkeypatch):

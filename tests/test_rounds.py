@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from llm_streamline import assemble as assemble_module
 from llm_streamline import oracle, preview, run, selection, training
@@ -17,6 +20,7 @@ from llm_streamline.sizes import sizes_of
 from llm_streamline.train import Trainer
 from llm_streamline.training import load_replacement
 from llm_streamline.workspace import RunFolder, Workspace
+from tests import tiny
 from tests.test_run import equal, quiet, recipe, weights
 from tests.test_train import stopping
 
@@ -126,3 +130,30 @@ def test_a_round_without_text_is_refused(recipe, tmp_path):
     work = Workspace(recipe(**{**WAY, "tokens": 128}), quiet(tmp_path))
     with pytest.raises(UserError, match="--rounds 2 of 1 sequences leaves one without any"):
         training.lesson(work, 1)
+
+
+def test_a_run_stopped_in_a_middle_round_goes_on_within_it(recipe, tmp_path, monkeypatch):
+    three = {"remove": "3", "windows": 3, "rounds": 3, "protect_first": 0, "select": "cosine", "init": "inherited"}
+    deep = copy.deepcopy(tiny.CONFIGS["llama"])
+    deep.num_hidden_layers = 8
+    AutoModelForCausalLM.from_config(deep).save_pretrained(tmp_path / "deep")
+    tiny.make_tokenizer().save_pretrained(tmp_path / "deep")
+    way = recipe(**{**WAY, **three, "model": str(tmp_path / "deep")})
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    steps, real = [], Trainer.step
+
+    def counted(self, *given):
+        steps.append(self.snapshot.path.exists())
+        return real(self, *given)
+
+    monkeypatch.setattr(Trainer, "step", counted)
+    run.compress(way, quiet(whole))
+    every, each = len(steps), len(steps) // 3
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "step", stopping(each + 8))
+        with pytest.raises(KeyboardInterrupt):
+            run.compress(way, quiet(cut, checkpoint_every=0.0001))
+    steps.clear()
+    run.compress(way, quiet(cut, checkpoint_every=0.0001))
+    assert steps[0] and every - each - 9 <= len(steps) <= every - each - 6, "a snapshot is a step old"
+    assert equal(weights(whole), weights(cut))

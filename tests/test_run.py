@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import llm_streamline
 from llm_streamline import assemble as assemble_module
@@ -316,3 +316,17 @@ def test_a_kind_that_nobody_has_proven_is_tried_and_checked(recipe, tmp_path, mo
 def test_only_layers_are_known_of_a_tried_kind(recipe):
     with pytest.raises(UserError, match=r"--replace mlp needs to know a model's MLP, and --family-from model.layers"):
         recipe(replace="mlp", family_from="model.layers")
+
+
+def test_a_tried_kind_is_known_to_the_process_that_checks_it_layer_by_layer(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(families, "TRIED", {})
+    monkeypatch.delitem(families.FAMILIES, "llama")
+    run.compress(recipe(replace="none", family_from="model.layers"), quiet(tmp_path / "tried"))
+    families.TRIED.clear()  # as in a fresh process
+    found = oracle.check(tmp_path / "tried" / "model", memory=1)
+    assert found.passed and "as memory is short" in " ".join(found.limits)
+
+
+def test_what_writes_no_text_on_is_refused_in_a_sentence():
+    with pytest.raises(UserError, match="model type 't5' is no causal language model"):
+        families.try_family(AutoConfig.for_model("t5"), "model.layers")

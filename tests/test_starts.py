@@ -93,3 +93,10 @@ def test_it_is_for_one_layer_of_the_models_own(replace, recipe):
     assert recipe(replace=replace).start == "inherited"
     with pytest.raises(UserError, match=r"--init best is for one layer|--replace merged is|--replace linear is"):
         recipe(replace=replace, init="best")
+
+
+def test_the_text_is_shared_before_the_model_is_read_also_where_a_run_goes_on(recipe, tmp_path, monkeypatch):
+    work, read, real = Workspace(recipe(**WAY), quiet(tmp_path)), [], Workspace.share
+    monkeypatch.setattr(Workspace, "share", lambda self: read.append("model" in self.__dict__) or real(self))
+    best_start(work, WINDOW)
+    assert read == [False]

@@ -5,14 +5,16 @@ import json
 import pytest
 
 from llm_streamline import assemble, oracle, run
-from llm_streamline.comparison import _of_tasks
+from llm_streamline.comparison import _of_tasks, mean_accuracy, mean_stability
 from llm_streamline.errors import UserError
 from llm_streamline.evaluation import Sweep
 from llm_streamline.files import remove
+from llm_streamline.lock import run_lock
 from llm_streamline.recipe import Recipe, Runtime
 from llm_streamline.sweep import _place, plans, sweep
 from llm_streamline.sweep_figure import panels
 from tests import tiny
+from tests.evaluations import model, stability, task
 
 
 @pytest.fixture(autouse=True)
@@ -126,3 +128,31 @@ def test_other_targets_folders_and_processes_are_refused(recipe, tmp_path, monke
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="one process"):
         sweep(recipe, runtime(tmp_path / "out"))
+
+
+def test_what_a_killed_sweep_left_is_cleared_and_two_do_not_mix(recipe, tmp_path):
+    root = tmp_path / "out"
+    (root / ".partial-1a2b3c4d").mkdir(parents=True)
+    with run_lock(root), pytest.raises(UserError, match="is in use by another run"):
+        sweep(recipe, runtime(root, tasks=("none",)))
+    sweep(recipe.model_copy(update={"remove": "1"}), runtime(root, tasks=("none",)))
+    assert {path.name for path in root.iterdir()} == {"remove-1", "sweep.json", "sweep.png"}
+
+
+def test_a_model_of_a_shorter_context_stands_beside(recipe, tmp_path):
+    beside = tiny.make_folder(tmp_path / "smaller", "llama")
+    config = json.loads((beside / "config.json").read_text())
+    (beside / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 16}))
+    one = recipe.model_copy(update={"remove": "1"})
+    found = sweep(one, runtime(tmp_path / "out", tasks=("none",), beside=(str(beside),)))
+    assert found.beside[0].nats is not None
+
+
+def test_a_mean_accuracy_is_of_right_answers_alone_and_a_group_is_one():
+    subjects = [task(f"subject-{n}", right=40 + 20 * n, group="exam") for n in range(2)]
+    perplexity = task("wikitext", right=90, metric="word_perplexity").model_copy(update={"value": 31.5})
+    found = model("saved", [task("boolq", right=80), *subjects, perplexity], stability=[stability("boolq")])
+    value, (low, high) = mean_accuracy(found)
+    assert value == pytest.approx((0.8 + (0.4 + 0.6) / 2) / 2) and low < value < high
+    assert mean_stability(found)[0] == stability("boolq").stability
+    assert mean_accuracy(model("saved", [perplexity])) == (None, None)

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # peft's names
+LISTS = ("target_modules", "exclude_modules", "target_parameters")  # of module names, or a regular expression of them
+_ADAPTED = re.compile(r"^base_model\.model\.(.+?)\.lora_")  # in a tensor's name, the module's
 PATTERNS = ("rank_pattern", "alpha_pattern")  # of module names, to a rank or a scale
 
 
@@ -44,6 +46,8 @@ def remap_adapter(adapter: Path, model: Path, output: Path) -> Remapped:
 
     folder = model_folder(model)
     manifest = Manifest.read(folder / MANIFEST)
+    if manifest.plan.custom_code:
+        raise UserError(f"{folder} brings its own model code, which no adapter is remapped for; use a stock --replace.")
     config = read_adapter(adapter)
     if output.exists():
         raise UserError(f"-o {output} is there already; give a folder that is new.")
@@ -57,7 +61,7 @@ def remap_adapter(adapter: Path, model: Path, output: Path) -> Remapped:
     with atomic(output) as temporary:
         temporary.mkdir()
         save_file(weights.kept, temporary / WEIGHTS, metadata={"format": "pt"})
-        text = json.dumps(numbers.config(config, weights.layers, folder), indent=2, ensure_ascii=False)
+        text = json.dumps(numbers.config(config, weights, folder), indent=2, ensure_ascii=False)
         (temporary / CONFIG).write_text(text + "\n", encoding="utf-8")
     return Remapped(
         kept=len(weights.kept) - weights.outside,
@@ -141,20 +145,27 @@ class Numbers:
                 found.left_out += 1
         return found
 
-    def config(self, config: dict[str, Any], layers: set[int], folder: Path) -> dict[str, Any]:
-        """The adapter's configuration for the shortened model, whose `layers` it adapts."""
+    def config(self, config: dict[str, Any], found: Found, folder: Path) -> dict[str, Any]:
+        """The adapter's configuration for the shortened model.
+
+        Modules are named one by one where peft cannot be told them by layers: it knows none outside them then.
+        """
         new = {**config, "base_model_name_or_path": str(folder)}
         for key in PATTERNS:
             new[key] = {
                 self._renamed(name): value for name, value in (config.get(key) or {}).items() if self._stays(name)
             }
-        targets = config.get("target_modules")
-        if isinstance(targets, list):
-            new["target_modules"] = sorted({self._renamed(name) for name in targets if self._stays(name)})
-            new["layers_to_transform"] = sorted(layers) or None
+        for key in LISTS:
+            if isinstance(names := config.get(key), list):
+                new[key] = sorted({self._renamed(name) for name in names if self._stays(name)})
+        modules = {match[1] for key in found.kept if (match := _ADAPTED.search(key))}
+        written = any(isinstance(config.get(key), str) for key in LISTS)
+        if written or not all(map(self._numbered.search, modules)):
+            new["target_modules"] = "|".join(map(re.escape, sorted(modules)))
+            new |= dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
+        elif isinstance(config.get("target_modules"), list):
+            new["layers_to_transform"] = sorted(found.layers) or None
             new["layers_pattern"] = config.get("layers_pattern") or self.path.rpartition(".")[2]
-        elif config.get("layers_to_transform") is not None:
-            new["layers_to_transform"] = sorted(layers)
         return new
 
     def _renamed(self, name: str) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_streamline.card import write_card
+from llm_streamline.checkpoint import round_weights
 from llm_streamline.custom_code import write_custom_code
 from llm_streamline.errors import StreamlineError, VerificationError
 from llm_streamline.families import layers_of, layers_prefix, sliced_config, sliding_window
@@ -63,7 +64,7 @@ def assemble(parts: Parts, dtype: torch.dtype, prompts: Tensor, manifest: Manife
     """
     prompts, limits = _prompts(parts, prompts)
     limits += _fold_limits(parts, prompts, dtype)
-    parts.replacement.to(dtype).float()  # what is checked is what is saved
+    round_weights(parts.replacement.float(), dtype)  # what is checked is what is saved
     with atomic(target) as folder:
         folder.mkdir()
         for notice in parts.notices:

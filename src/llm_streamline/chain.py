@@ -30,8 +30,9 @@ from llm_streamline.records import Loss, Manifest, Scores
 from llm_streamline.report import compared_lines
 from llm_streamline.runtimes import gguf
 from llm_streamline.runtimes.check import require
-from llm_streamline.runtimes.language_model import GgufLanguageModel
+from llm_streamline.runtimes.language_model import CONTEXT, GgufLanguageModel
 from llm_streamline.runtimes.patterns import gguf_period, why_not_gguf
+from llm_streamline.scoring.given import Questions, Task
 from llm_streamline.scoring.of_run import DENSE, Standing
 from llm_streamline.scoring.perplexity import next_token_loss
 from llm_streamline.workspace import RunFolder, Workspace
@@ -48,6 +49,11 @@ def check_then(work: Workspace) -> None:
         raise UserError(f"--then {then} is for models that load without code of their own; use a stock --replace.")
     if then in FOLDERS:
         check_library(then)
+        if work.offloads:
+            raise UserError(
+                f"--then {then} holds the model in memory whole, and {work.recipe.model} does not fit in "
+                f"{work.room / 1e9:.1f} GB; use --then int4, or a machine with more."
+            )
     if then == W4A16:
         group_size(layers_of(work.skeleton))
     if then == INT4:
@@ -59,25 +65,42 @@ def check_then(work: Workspace) -> None:
             raise UserError("--then int4 writes GGUF, where llama.cpp counts this model's layers; add --for gguf.")
 
 
-def make_lighter(work: Workspace, folder: RunFolder) -> list[Lighter]:
+def check_asked(tasks: Sequence[Task], lighter: Sequence[str]) -> None:
+    """Errors: UserError where a GGUF is to be asked what is not chosen by log-likelihood here."""
+    other = next((task.name for task in tasks if not isinstance(task, Questions)), None)
+    if other and INT4 in lighter:
+        raise UserError(
+            f"--tasks {other} is not for the {INT4} model, which is asked only questions with choices in .jsonl files; "
+            f"leave it out, or begin another run without --then {INT4}."
+        )
+
+
+def kinds(then: str | None, folder: RunFolder, afresh: bool = False) -> list[str]:
+    """Of lighter models the one that is asked for, and those that an earlier run has made."""
+    made = [kind for kind in PLACES if not afresh and folder.has(f"{kind}.json") and folder.has(PLACES[kind])]
+    return [kind for kind in PLACES if kind == then or kind in made]
+
+
+def make_lighter(work: Workspace, folder: RunFolder, scores: Scores) -> list[Lighter]:
     """The model that `--then` asks for, in the run folder, with its held-out loss, and those asked for before.
 
-    Errors: VerificationError, with nothing written, for one that does not compute what it should.
+    Errors: UserError for a run of another text; VerificationError, with nothing written, for a model that does not
+    compute what it should.
     """
-    found = []
-    for kind in PLACES:
-        make = _int4 if kind == INT4 else partial(_folder, kind)
-        if kind == work.runtime.then or (folder.has(f"{kind}.json") and folder.has(PLACES[kind])):
-            found.append(folder.stage(f"{kind}.json", Lighter, partial(make, work, folder)))
-    return found
+
+    def make(kind: str) -> Lighter:
+        folder.check_inputs(work.inputs, finished=True)
+        return _int4(work, folder) if kind == INT4 else _folder(kind, work, folder, scores)
+
+    return [folder.stage(f"{kind}.json", Lighter, partial(make, kind)) for kind in kinds(work.runtime.then, folder)]
 
 
-def _folder(kind: str, work: Workspace, folder: RunFolder) -> Lighter:
+def _folder(kind: str, work: Workspace, folder: RunFolder, scores: Scores) -> Lighter:
     target = folder.path / PLACES[kind]
     if not target.exists():
         say(f"writing the {kind} model and verifying it in a fresh process", work.runtime.quiet)
         quantise = by_torchao if kind == INT8 else by_llm_compressor(work.parts.calibration, work.runtime.quiet)
-        write_lighter(kind, quantise, folder.path / "model", target, work.ram - memory.held())
+        write_lighter(kind, quantise, folder.path / "model", target, work.ram - memory.held(), scores)
     manifest = Manifest.read(target / MANIFEST)
     assert manifest.verification is not None
     claim = f"verified: logits within {manifest.verification.logits_error:.1e}, cached = uncached generation"
@@ -90,7 +113,7 @@ def _int4(work: Workspace, folder: RunFolder) -> Lighter:
     remove(target)  # of a run that was killed before it had said what it is
     found = export(str(folder.path / "model"), "gguf", target, INT4_TYPE)
     (claim, *_) = compared_lines(found.checks[-1])
-    loss = _loss(work, INT4, GgufLanguageModel(target))
+    loss = _loss(work, INT4, GgufLanguageModel(target, _context(work)))
     return Lighter(kind=INT4, path=PLACES[INT4], bytes=found.bytes, loss=loss, claim=claim)
 
 
@@ -105,10 +128,16 @@ def standing(work: Workspace, lighter: Lighter, saved: Standing, folder: Path) -
     path = folder / lighter.path
     load: Callable[[], Any] = partial(work.load_saved, path, False)
     if lighter.kind == INT4:
-        load = partial(GgufLanguageModel, path)
+        load = partial(GgufLanguageModel, path, _context(work))
     fingerprint = sha256(saved.fingerprint.encode(), lighter.kind.encode(), str(lighter.bytes).encode())
-    common = (work.compute, saved.context, work.tokenizer)
+    context = min(saved.context, _context(work)) if lighter.kind == INT4 else saved.context
+    common = (work.compute, context, work.tokenizer)
     return Standing(str(path), fingerprint, *common, load, only_asked=lighter.kind == INT4)
+
+
+def _context(work: Workspace) -> int:
+    """Tokens that llama.cpp is to hold at once: a block of the run's text, however long."""
+    return max(CONTEXT, work.parts.validation.shape[1])
 
 
 def links(

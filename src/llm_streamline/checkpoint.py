@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import (
@@ -24,6 +24,7 @@ from llm_streamline.offload import device_map, watch_stored
 from llm_streamline.stored import open_stored
 
 BUNDLED = "bundled"
+M = TypeVar("M", bound=torch.nn.Module)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # those of models that can be trained and cut
 QUANTISED = ("quantization_config", "compression_config")
 _REMOTE = "trust_remote_code"
@@ -295,7 +296,7 @@ def _check_generation(source: Source) -> None:
 
 
 @torch.no_grad()
-def round_weights(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+def round_weights(model: M, dtype: torch.dtype) -> M:
     """Round, in place, what a save writes to what `dtype` holds.
 
     Only that: `model.to(dtype)` would also round buffers that are computed and never saved, such as rotary frequencies.

@@ -181,13 +181,22 @@ def _common(dense: ModelScore, model: ModelScore) -> list[TaskScore]:
 
 
 def mean_accuracy(one: ModelScore) -> tuple[float | None, Interval | None]:
-    """Over all tasks, each weighing the same, with its 95 % interval over items; None where none was asked."""
-    return _of_tasks([(task.value, task.interval) for task in one.tasks])
+    """Of right answers, over tasks and groups of them, each weighing the same, with its 95 % interval over items.
+
+    None where nothing was asked that has right answers, which no perplexity or ROUGE counts.
+    """
+    return _of_tasks([(mean(some), interval(some)) for some in _shares(one).values()])
 
 
 def mean_stability(one: ModelScore) -> tuple[float | None, Interval | None]:
     """The same of stability against the dense model."""
-    return _of_tasks([(task.stability, task.stability_interval) for task in one.stability or ()])
+    groups = [stabilities(one, [task.task for task in some]) for some in _shares(one).values()]
+    found = [_of_tasks([(task.stability, task.stability_interval) for task in some]) for some in groups if some]
+    return _of_tasks([(value, around) for value, around in found if value is not None])
+
+
+def _shares(one: ModelScore) -> dict[str, list[TaskScore]]:
+    return gathered([task for task in one.tasks if is_share([task])])
 
 
 def _of_tasks(found: Sequence[tuple[float, Interval | None]]) -> tuple[float | None, Interval | None]:

@@ -111,6 +111,8 @@ def nothing_to_train(recipe: Recipe) -> str | None:
     if (recipe.solved or recipe.replace == "merged") and given:
         how = "solved for in one pass" if recipe.solved else "made of the window's weights"
         return f"--replace {recipe.replace} is {how}, not trained: leave out {' and '.join(given)}"
+    if recipe.replace == "none" and recipe.init:
+        return f"--init {recipe.init} is for what stands in, and --replace none puts nothing there; leave it out"
     return None
 
 

@@ -58,7 +58,8 @@ class TaskScore(Record):
     """One model on one task.
 
     `group` is the group of tasks that it belongs to, where it belongs to one; `note` says where a task of a suite is
-    asked otherwise than its name suggests. `written` is whether its answers are texts.
+    asked otherwise than its name suggests. `written` is whether its answers are texts. `digest` tells tasks of one name
+    apart; older evaluations have none.
 
     `value` is the accuracy by summed log-likelihood (lm-eval's `acc`) with its Wilson interval, or else `metric`, a
     figure of lm-eval's own. `right_by_ppl` is the share of questions whose choice of lowest PPL is right, which is what
@@ -77,6 +78,7 @@ class TaskScore(Record):
     group: str | None = None
     note: str | None = None
     written: bool = False
+    digest: str | None = None
 
     @property
     def kept_items(self) -> bool:

@@ -76,8 +76,11 @@ def try_family(config: PretrainedConfig, layers: str) -> None:
     if kind in FAMILIES or kind in REASONS:
         why = "is proven, and needs no path" if kind in FAMILIES else f"is {REASONS[kind]}"
         raise UserError(f"--family-from {layers} was given, but model type {kind!r} {why}; leave it out.")
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except ValueError as error:
+        raise UserError(f"model type {kind!r} is no causal language model of transformers; give one.") from error
     modules = dict(model.named_modules())
     found = modules.get(layers)
     if not isinstance(found, nn.ModuleList) or len(found) != config.num_hidden_layers:

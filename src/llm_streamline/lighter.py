@@ -18,7 +18,7 @@ from llm_streamline.errors import UserError, VerificationError
 from llm_streamline.families import layers_of
 from llm_streamline.files import atomic
 from llm_streamline.oracle import MANIFEST, stored_tensors, verify, weight_hashes
-from llm_streamline.records import Manifest, Verification
+from llm_streamline.records import Manifest, Scores, Verification
 
 INT8 = "int8"
 W4A16 = "w4a16"  # bits of weights, and of what they multiply
@@ -54,11 +54,19 @@ def group_size(layers: nn.Module) -> int:
     )
 
 
-def write_lighter(kind: str, quantise: Quantise, source: Path, target: Path, memory: int | None = None) -> Verification:
+def write_lighter(
+    kind: str,
+    quantise: Quantise,
+    source: Path,
+    target: Path,
+    memory: int | None = None,
+    scores: Scores | None = None,
+) -> Verification:
     """Write `target`, a copy of a verified model folder with the weights that `quantise(source, folder)` writes there.
 
     It is checked in a fresh process against what the source with its window replaced computes, as the folder it comes
-    from was, with more room. Errors: UserError; VerificationError, with nothing written, where it computes otherwise.
+    from was, with more room; `scores` are for its manifest, where that of `source` has none yet. Errors: UserError;
+    VerificationError, with nothing written, where it computes otherwise.
     """
     check_library(kind)
     with atomic(target) as folder:
@@ -68,7 +76,7 @@ def write_lighter(kind: str, quantise: Quantise, source: Path, target: Path, mem
         manifest = Manifest.read(source / MANIFEST)
         tensors = {**manifest.tensors, "stored": len(stored_tensors(folder))}
         news = {"tensors": tensors, "weights": weight_hashes(folder), "quantised": kind, "verification": None}
-        manifest = manifest.model_copy(update=news)
+        manifest = manifest.model_copy(update=news | ({"scores": scores} if scores else {}))
         manifest.write(folder / MANIFEST)
         verification = verify(folder, memory=memory)
         if not verification.passed:

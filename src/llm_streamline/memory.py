@@ -14,6 +14,7 @@ from llm_streamline.recipe import Recipe
 FORWARD_TOKENS = 4096  # of a micro-batch where nothing is trained
 FEWEST_STEPS = 1000
 LARGEST_BATCH_TOKENS = 16_384
+_ROOT = Path("/sys/fs/cgroup")
 # of a container, as control groups of version 2 and 1 tell it from inside
 _LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
@@ -49,7 +50,8 @@ def _limit_files() -> list[Path]:
     for line in _lines(Path("/proc/self/cgroup")):
         _, controllers, group = line.split(":", 2)
         if not controllers:
-            found.append(Path(f"/sys/fs/cgroup{group}/memory.max"))
+            own = Path(f"/sys/fs/cgroup{group}")  # which a group around it may limit
+            found += [one / "memory.max" for one in (own, *own.parents) if len(one.parts) > len(_ROOT.parts)]
         elif "memory" in controllers.split(","):
             found.append(Path(f"/sys/fs/cgroup/memory{group}/memory.limit_in_bytes"))
     return found

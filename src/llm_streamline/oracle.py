@@ -74,15 +74,14 @@ def verify(folder: Path | str, trust_remote_code: bool = False, memory: int | No
     `folder` is the model folder or the run folder around it; code that lies in it is run only where that is trusted.
     """
     model = model_folder(Path(folder))
-    custom_code = Manifest.read(model / MANIFEST).plan.custom_code
-    if custom_code and not trust_remote_code:
+    if Manifest.read(model / MANIFEST).plan.custom_code and not trust_remote_code:
         raise UserError(
             f"{folder} brings its own model code; read its .py files, then allow them with --trust-remote-code."
         )
     environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
     # so that weights that are loaded and let go, layer by layer, leave no holes in the C library's memory
     environment.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**20))
-    command = [sys.executable, "-m", "llm_streamline.oracle", str(model), *([_TRUST] if custom_code else [])]
+    command = [sys.executable, "-m", "llm_streamline.oracle", str(model), *([_TRUST] if trust_remote_code else [])]
     command += [] if memory is None else [f"{_MEMORY}{memory}"]
     with tempfile.TemporaryDirectory() as modules:  # transformers copies a folder's code there before running it
         environment["HF_MODULES_CACHE"] = modules
@@ -141,11 +140,13 @@ def check(folder: Path, trust_remote_code: bool = False, memory: int | None = No
 
     torch.manual_seed(0)
     manifest, tensors = Manifest.read(folder / MANIFEST), stored_tensors(folder)
+    if layers := manifest.recipe.get("family_from"):
+        _try_family(folder, layers)
     oracle = load_file(folder / FOLDER / "oracle.safetensors")
     fits = sum(tensors.values()) * 4 + _LIBRARIES <= (memory or memory_limit()) or manifest.plan.custom_code
     with tempfile.TemporaryDirectory() as rewritten:
         places = {} if fits else {"device_map": _on_disk(folder), "offload_folder": rewritten}
-        model, loading = _loaded(folder, trust_remote_code, places)
+        model, loading = _loaded(folder, trust_remote_code and manifest.plan.custom_code, places)
         error = _logits_error(model, oracle)
         cached = _generates_alike(model, oracle["input_ids"], NEW_TOKENS if fits else FEW_NEW_TOKENS)
     limits = [] if fits else [f"cached generation was compared over {FEW_NEW_TOKENS} tokens, as memory is short"]
@@ -170,6 +171,15 @@ def check(folder: Path, trust_remote_code: bool = False, memory: int | None = No
         limits=[*manifest.limits, *limits],
         versions=versions(),
     )
+
+
+def _try_family(folder: Path, layers: str) -> None:
+    """What the run was told of a kind that has no row, told to this process."""
+    from transformers import AutoConfig
+
+    from llm_streamline.families import try_family
+
+    try_family(AutoConfig.from_pretrained(folder), layers)
 
 
 def _loaded(folder: Path, trust: bool, places: dict[str, Any]) -> tuple[PreTrainedModel, dict[str, Any]]:

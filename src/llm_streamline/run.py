@@ -12,11 +12,11 @@ from llm_streamline.analyze import analyze
 from llm_streamline.assemble import Parts as ModelParts
 from llm_streamline.assemble import assemble
 from llm_streamline.card import CARD, is_licence, origin, source_files, write_card
-from llm_streamline.chain import check_then, links, make_lighter, standing
+from llm_streamline.chain import check_asked, check_then, kinds, links, make_lighter, standing
 from llm_streamline.choose import check_request
 from llm_streamline.comparison import CUT, SAVED
 from llm_streamline.errors import Dismissed, UserError
-from llm_streamline.evaluation import CHAIN, EVALUATION, Chain, Evaluation, Lighter, Request, Result
+from llm_streamline.evaluation import CHAIN, EVALUATION, Chain, Evaluation, Lighter, ModelScore, Request, Result
 from llm_streamline.files import free_space, sha256
 from llm_streamline.forward import substituted
 from llm_streamline.healing import check_healing, heal, load_healed
@@ -86,6 +86,7 @@ def begin(work: Workspace, held: ExitStack) -> tuple[RunFolder, list[Task]]:
     check_all(work)
     folder.check_inputs(work.inputs)
     tasks = tasks_to_ask(work)
+    check_asked(tasks, kinds(runtime.then, folder, afresh=runtime.fresh))
     folder.begin()
     return folder, tasks
 
@@ -97,7 +98,7 @@ def finish(work: Workspace, folder: RunFolder, tasks: list[Task], similarity: Si
     verification = assemble_model(work, trained, similarity, folder)
     memory.release()
     scores = folder.stage("scores.json", Scores, lambda: score(work, plan, folder))
-    lighter = make_lighter(work, folder)
+    lighter = make_lighter(work, folder, scores)
     evaluation, news = evaluate_models(work, plan, tasks, folder, lighter)
     publish_scores(scores, evaluation, folder, news)
     chain, changed = chained(work, scores, lighter, evaluation, folder)
@@ -127,9 +128,10 @@ def evaluate(request: Request, runtime: Runtime) -> Evaluation:
 
     Errors: UserError, before weights are loaded where it can.
     """
-    found = evaluate_request(request, runtime)
-    assert runtime.output
-    write_evaluation_report(runtime.output)
+    with ExitStack() as held:
+        found = evaluate_request(request, runtime, held)
+        assert runtime.output
+        write_evaluation_report(runtime.output)
     return found
 
 
@@ -140,6 +142,10 @@ def check_all(work: Workspace) -> None:
     check_tracker(work.runtime.tracker)
     if work.runtime.cache and (work.recipe.epochs == 1 or work.world.size > 1):
         raise UserError("--cache is for several epochs in one process; give --epochs 2 or more, or leave it out.")
+    if work.runtime.cache and not work.recipe.learns:
+        raise UserError(
+            f"--cache is for what stands in, and --replace {work.recipe.replace} trains none; leave it out."
+        )
     check_training(work)
     check_healing(work)
     check_then(work)
@@ -251,16 +257,25 @@ def evaluate_models(
     if folder.has(EVALUATION):
         kept = Evaluation.read(folder.path / EVALUATION)
         missing = {one.kind for one in lighter} - {model.label for model in kept.models}
-        if not missing and {task.name for task in tasks} <= {task.task for task in kept.models[0].tasks}:
+        if not missing and were_asked(tasks, kept.models[0]):
             return kept, False
+    folder.check_inputs(work.inputs, finished=True)  # else what is asked may be of text that was trained on
     blocks = work.parts.validation
     own = own_questions(blocks, work.tokenizer, work.recipe.seed, folder.path)
     models = standings(work, plan, folder)
     for one in lighter:
         models[one.kind] = standing(work, one, models[SAVED], folder.path)
     found = evaluate_run(models, [*own, *tasks], blocks, folder.path, work.runtime)
+    for told in (PAGE, f"model/{CARD}"):  # of what was found before: a run that ends here writes them when it goes on
+        (folder.path / told).unlink(missing_ok=True)
     found.write(folder.path / EVALUATION)
     return found, True
+
+
+def were_asked(tasks: list[Task], model: ModelScore) -> bool:
+    """Whether a model's scores are of these very tasks; of what older evaluations have, the name has to do."""
+    kept = {one.task: one.digest for one in model.tasks}
+    return all(task.name in kept and kept[task.name] in (None, task.digest) for task in tasks)
 
 
 def standings(work: Workspace, plan: LayerPlan, folder: RunFolder) -> dict[str, Standing]:

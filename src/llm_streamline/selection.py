@@ -113,7 +113,7 @@ def single(work: Workspace, similarity: Similarity) -> list[int]:
     recipe, count = work.recipe, net_layers(work.recipe, work.shape)
     if recipe.select == "influence":
         return least_influence(similarity, work.shape, recipe, count)
-    if work.offloads:
+    if work.world.led(lambda: work.offloads):
         raise UserError(
             f"--select greedy reads the model {count} times over, and it does not fit in memory; "
             "use --select influence, or a machine with more."

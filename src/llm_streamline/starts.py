@@ -19,7 +19,7 @@ def with_starts(work: Workspace, plan: LayerPlan) -> LayerPlan:
     """The plan, with the layer that each stand-in takes its first weights from. All processes take part."""
     if work.recipe.start != BEST:
         return plan
-    if work.recipe.init is None and work.offloads:
+    if work.recipe.init is None and work.world.led(lambda: work.offloads):  # machines may differ in memory
         why = "as the model does not fit in memory; --init best looks for the best one anyway"
         say(f"the replacement begins as its window's first layer, {why}", work.runtime.quiet)
         return plan
@@ -32,6 +32,7 @@ def best_start(work: Workspace, window: Window) -> int:
 
     Only layers whose weights have the shapes of the first one's can begin there.
     """
+    work.share()  # which a run that goes on from here has not done yet
     model = work.world.attempt(lambda: work.model)
     able = [layer for layer in window.layers() if fits(model, layer, window.start)]
     losses = [_loss(work, window, layer) for layer in able]

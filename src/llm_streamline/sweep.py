@@ -18,7 +18,8 @@ from llm_streamline.comparison import mean_accuracy, mean_stability, saved_of
 from llm_streamline.errors import UserError
 from llm_streamline.evaluation import Evaluation, Interval, ModelScore, Point, Request, Result, Sweep
 from llm_streamline.families import parameter_counts
-from llm_streamline.files import atomic
+from llm_streamline.files import TEMPORARY, atomic, remove
+from llm_streamline.lock import run_lock
 from llm_streamline.memory import release
 from llm_streamline.preview import plan_only
 from llm_streamline.progress import say
@@ -27,7 +28,7 @@ from llm_streamline.records import LayerPlan, Similarity
 from llm_streamline.scoring.of_run import DENSE, OWN
 from llm_streamline.scoring.perplexity import FORWARD_TOKENS, next_token_loss
 from llm_streamline.scoring.subject import Subject
-from llm_streamline.workspace import RunFolder, Workspace, output_folder
+from llm_streamline.workspace import RunFolder, Workspace, output_folder, own_contents
 
 SWEEP, FIGURE, BESIDE = "sweep.json", "sweep.png", "beside"
 
@@ -40,6 +41,13 @@ def sweep(recipe: Recipe, runtime: Runtime) -> Sweep:
     root = _folder(runtime.output)
     wanted = ratios(recipe, runtime)
     check_folders(root, wanted, runtime)
+    with run_lock(root):
+        for left in root.glob(f"{TEMPORARY}*"):  # of a sweep that was killed
+            remove(left)
+        return _swept(root, recipe, runtime, wanted)
+
+
+def _swept(root: Path, recipe: Recipe, runtime: Runtime, wanted: dict[str, Recipe]) -> Sweep:
     subjects = [Subject(name, runtime) for name in runtime.beside]
     results: dict[str, Result] = {}
     for number, (ratio, one) in enumerate(wanted.items(), start=1):
@@ -98,8 +106,7 @@ def check_folders(root: Path, wanted: dict[str, Recipe], runtime: Runtime) -> No
 
 def _folder(output: Path | None) -> Path:
     output = output_folder(output)
-    others = {entry.name for entry in output.iterdir()} if output.is_dir() else set()
-    if left := {name for name in others if not name.startswith("remove-")} - {SWEEP, FIGURE, BESIDE}:
+    if left := {name for name in own_contents(output) if not name.startswith("remove-")} - {SWEEP, FIGURE, BESIDE}:
         raise UserError(f"-o {output} holds {min(left)}, which is no sweep's; give a folder that is new or empty.")
     return output
 
@@ -176,7 +183,7 @@ def _beside(recipe: Recipe, runtime: Runtime, subject: Subject, root: Path, foun
         request = Request(models=(name,), against=recipe.model if alike else None, tasks=tasks, speed=True)
         place = root / BESIDE / _place(name, runtime.beside)
         evaluation = run.evaluate(request, runtime.model_copy(update={"output": place}))
-    work = Workspace(recipe.model_copy(update={"model": name, "remove": None}), runtime)
+    work = Workspace(recipe.model_copy(update={"model": name, "remove": None, "block": None}), runtime)
     if not alike:
         say(f"{name} has another tokenizer: its loss and stability cannot be compared", runtime.quiet)
     own_loss = _loss(recipe, runtime, work) if alike else None
@@ -202,7 +209,6 @@ def _place(name: str, names: Sequence[str]) -> str:
 def _loss(recipe: Recipe, runtime: Runtime, work: Workspace) -> float:
     """On the validation part that the runs have, which depends on nothing but the text, its tokens and the seed."""
     blocks = Workspace(recipe.model_copy(update={"remove": None}), runtime).parts.validation
-    context = checkpoint.context_length(work.config)
-    if blocks.shape[1] > context:
-        blocks = blocks[:, :context]
-    return next_token_loss(work.model, blocks, work.batch(FORWARD_TOKENS), str(work.recipe.model), runtime.quiet).nats
+    blocks = blocks[:, : checkpoint.context_length(work.config)]
+    batch = max(1, FORWARD_TOKENS // blocks.shape[1])
+    return next_token_loss(work.model, blocks, batch, str(work.recipe.model), runtime.quiet).nats

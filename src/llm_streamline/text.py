@@ -178,9 +178,10 @@ class _Reading:
 
     @property
     def in_shares(self) -> float:
-        """Tokens that the text read so far gives in the asked shares."""
-        whole = sum(self._weights.values())
-        return min(sum(map(len, ids)) * whole / self._weights[name] for name, ids in self.held.items())
+        """Tokens that the text read so far gives in the asked shares of those domains that occur in it."""
+        found = {name: sum(map(len, ids)) for name, ids in self.held.items() if ids}
+        whole = sum(self._weights[name] for name in found)
+        return min((count * whole / self._weights[name] for name, count in found.items()), default=0.0)
 
     def fill(self, sizes: Mapping[str, int]) -> dict[str, Packer]:
         """A packer per domain. What one cannot supply goes to the others, which then are read again from the start."""

@@ -69,7 +69,7 @@ def train_replacement(work: Workspace, plan: LayerPlan, folder: RunFolder, turn:
         return fit_linear(work, plan, folder) if work.recipe.solved else None
     world = work.world
     snapshot = Snapshot(folder.path / SNAPSHOT, work.runtime.checkpoint_every, world=world)
-    if fit := world.led(lambda: trained_before(folder, snapshot, weights_of(work.recipe, turn))):
+    if fit := world.led(lambda: trained_before(folder, snapshot, weights_of(work.recipe, turn), plan_of(turn + 1))):
         return fit
     training = lesson(work, turn)
     replacement = world.attempt(lambda: untrained(work, plan, folder, turn).to(work.device))
@@ -179,10 +179,12 @@ def settings_of(work: Workspace, training: Tensor) -> Settings:
     return Settings.resolve(recipe, training, alive, work.memory, work.bfloat16)
 
 
-def trained_before(folder: RunFolder, snapshot: Snapshot, name: str) -> Fit | None:
+def trained_before(folder: RunFolder, snapshot: Snapshot, name: str, later: str) -> Fit | None:
+    """The Fit of what has been trained; the state is of a training after it where `later` is there, and stays."""
     if not folder.has(name):
         return None
-    forget_training(folder, snapshot)  # where a run was killed in just this place
+    if not folder.has(later):
+        forget_training(folder, snapshot)  # where a run was killed in just this place
     return Fit.read(folder.path / name / "fit.json")
 
 

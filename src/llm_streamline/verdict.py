@@ -133,11 +133,15 @@ def helper(plan: LayerPlan) -> str:
     """What makes up for the window, as a subject of one number."""
     if plan.replace == "none":
         return "Healing"
-    what = "The replacement" if not plan.others else "The training of the replacements"
+    what = "The training of the replacements" if plan.others else "The replacement"
+    if plan.replace == "merged":
+        what = "What the layers are merged into"
     return what if plan.heal == "none" else f"{what}, with healing,"
 
 
 def _advice(plan: LayerPlan) -> str:
+    if plan.replace == "merged" and plan.heal == "none":
+        return "Train what stands in (--replace layer)"
     solved = plan.replace.partition(":")[0] == "linear"
     return "Give more or other text" if solved else "Train on more or other text, lower the learning rate"
 

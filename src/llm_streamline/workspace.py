@@ -234,7 +234,8 @@ class Workspace:
             raise UserError(f"--dtype {name} cannot hold the model's weights; use bfloat16 or float32.")
 
     def load(self, source: checkpoint.Source) -> PreTrainedModel:
-        offload = self.scratch if self.offloads else None
+        own = "source" if source == self.source else Path(source.name).name  # whose tensors have the same names
+        offload = self.scratch / own if self.offloads else None
         return checkpoint.load_model(source, self.compute_dtype, self.device, offload)
 
     @cached_property

@@ -10,7 +10,7 @@ import torch
 
 from llm_streamline.runtimes.gguf_model import GgufModel
 
-CONTEXT = 4096  # tokens that a row may have
+CONTEXT = 4096  # tokens that a row may have, where no more are asked for
 
 
 class GgufLanguageModel:

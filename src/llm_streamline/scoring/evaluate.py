@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 
 from llm_streamline.errors import UserError
 from llm_streamline.evaluation import EVALUATION, EXACT, Evaluation, ModelScore, Request, Written
 from llm_streamline.files import TEMPORARY, remove_leftovers
 from llm_streamline.findings import warnings
+from llm_streamline.lock import LOCK, run_lock
 from llm_streamline.oracle import versions
 from llm_streamline.recipe import Runtime
 from llm_streamline.scoring.backend import check_vllm
@@ -26,8 +28,11 @@ from llm_streamline.scoring.writing import compare_written
 OURS = {"items", "scores", EVALUATION, "report.html"}
 
 
-def evaluate(request: Request, runtime: Runtime) -> Evaluation:
-    """What `llm-streamline evaluate` prints and writes. Errors: UserError, before weights are loaded where it can."""
+def evaluate(request: Request, runtime: Runtime, held: ExitStack) -> Evaluation:
+    """What `llm-streamline evaluate` prints and writes, in a folder that is locked until `held` ends.
+
+    Errors: UserError, before weights are loaded where it can.
+    """
     if not request.models:
         raise UserError("no MODEL was given; name a folder, a model of the Hub, or 'bundled'.")
     folder = _folder(runtime.output)
@@ -40,6 +45,7 @@ def evaluate(request: Request, runtime: Runtime) -> Evaluation:
     evaluators = [Evaluator(one, label, request, folder, runtime.quiet) for label, one in subjects.items()]
     for one in evaluators:
         one.check(tasks)
+    held.enter_context(run_lock(folder))
     remove_leftovers(folder)
     found = [one.run(tasks, texts, bundled_openings() if request.samples else ()) for one in evaluators]
     dense = next((label for label, one in subjects.items() if one.name == request.against), None)
@@ -73,7 +79,7 @@ def _folder(path: Path | None) -> Path:
         raise UserError("no output folder was given; name one with -o, such as -o evaluation.")
     if path.exists():
         names = {entry.name for entry in path.iterdir()} if path.is_dir() else {path.name}
-        if {name for name in names if not name.startswith(TEMPORARY)} - OURS:
+        if {name for name in names if not name.startswith((TEMPORARY, LOCK))} - OURS:
             raise UserError(f"-o {path} holds other things than an evaluation; give a folder that is new or empty.")
     return path
 

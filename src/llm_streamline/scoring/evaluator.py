@@ -139,7 +139,7 @@ class Evaluator:
         kept = self._keep(task.name, made_of, lambda: Kept(made_of=made_of, task=self._ask(task)))
         assert kept.task
         about = {"group": task.group, "note": task.note} if isinstance(task, HarnessTask) else {}
-        return kept.task.model_copy(update=about)
+        return kept.task.model_copy(update={**about, "digest": task.digest})
 
     def _ask(self, task: Task) -> TaskScore:
         if isinstance(task, Questions):
