@@ -238,3 +238,8 @@ def test_quotas_fill_the_parts_and_keep_to_the_caps():
         assert all(sum(quotas[name].values()) == cap for name, cap in caps.items())
     short = share_out(sizes, weights, {"a": 100, "b": 50, "c": 50})
     assert {part: sum(short[name][part] for name in weights) for part in sizes} == {**sizes, "training": 170}
+
+
+def test_a_domain_without_a_mixture_is_refused():
+    with pytest.raises(UserError, match=r"--domain meta.source is for --mixture; give that too"):
+        recipe("t.jsonl", domain="meta.source")

@@ -192,8 +192,8 @@ def test_questions_that_were_put_right_are_asked_again(finished, tmp_path):
     flipped = "".join(json.dumps({**row, "gold": 1 - row["gold"]}) + "\n" for row in rows)
     (tmp_path / "asked.jsonl").write_text(flipped)
     after = run.compress(recipe, runtime).evaluation
-    one, other = (found.models[0].task("asked").value for found in (before, after))
-    assert one + other == pytest.approx(1)
+    one, other = (found.models[0].task("asked") for found in (before, after))
+    assert one.value + other.value == pytest.approx(1) and one.digest != other.digest
 
 
 def test_what_is_asked_later_is_of_the_text_that_the_run_began_with(finished, tmp_path):

@@ -135,6 +135,12 @@ def code_not_allowed(recipe: Recipe) -> str | None:
     return None
 
 
+def domain_of_nothing(recipe: Recipe) -> str | None:
+    if recipe.mixture is None and recipe.domain != type(recipe).model_fields["domain"].default:
+        return f"--domain {recipe.domain} is for --mixture; give that too, or leave it out"
+    return None
+
+
 def nothing_to_heal(recipe: Recipe) -> str | None:
     fields = type(recipe).model_fields
     given = [name for name in ("heal_share", "heal_loss", "heal_lr") if getattr(recipe, name) != fields[name].default]
@@ -169,6 +175,7 @@ CHECKS: tuple[Callable[[Recipe], str | None], ...] = (
     nothing_to_train,
     unsolvable,
     code_not_allowed,
+    domain_of_nothing,
     nothing_to_heal,
     unseen_above,
 )
