@@ -325,6 +325,8 @@ def test_a_tried_kind_is_known_to_the_process_that_checks_it_layer_by_layer(reci
     families.TRIED.clear()  # as in a fresh process
     found = oracle.check(tmp_path / "tried" / "model", memory=1)
     assert found.passed and "as memory is short" in " ".join(found.limits)
+    monkeypatch.undo()
+    assert oracle.check(tmp_path / "tried" / "model").passed, "once it has a row"
 
 
 def test_what_writes_no_text_on_is_refused_in_a_sentence():

@@ -174,12 +174,14 @@ def check(folder: Path, trust_remote_code: bool = False, memory: int | None = No
 
 
 def _try_family(folder: Path, layers: str) -> None:
-    """What the run was told of a kind that has no row, told to this process."""
+    """What the run was told of a kind that had no row, told to this process where it has none yet."""
     from transformers import AutoConfig
 
-    from llm_streamline.families import try_family
+    from llm_streamline.families import has_row, try_family
 
-    try_family(AutoConfig.from_pretrained(folder), layers)
+    config = AutoConfig.from_pretrained(folder)
+    if not has_row(config):
+        try_family(config, layers)
 
 
 def _loaded(folder: Path, trust: bool, places: dict[str, Any]) -> tuple[PreTrainedModel, dict[str, Any]]:
