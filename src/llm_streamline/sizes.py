@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llm_streamline.checkpoint import context_length
-from llm_streamline.choose import ModelShape, net_layers
 from llm_streamline.families import inner_width, layers_of
 from llm_streamline.fidelity import rounded
 from llm_streamline.heal import parse_heal
@@ -47,7 +46,7 @@ class Sizes:
     above: int  # frozen layers that gradients pass on their way to the lowest stand-in, at most
     logits: int  # made at once for it; 0 where it looks at hidden states alone
     rounds: int  # of removal and training
-    windows: int  # that go, or layers one by one: a ranking each
+    windows: int  # that go, one ranking each
     ranked: int  # windows that are scored, at most
     mapped: int  # of those, windows that linear maps are fitted for
     asked: bool  # whether they are scored though the model's layers stay on the disk
@@ -100,7 +99,7 @@ def sizes_of(work: Workspace, offloaded: bool = False) -> Sizes:
         above=layers_above(recipe, shape.num_layers),
         logits=min(chunk_positions(batch, vocabulary), block) * batch * vocabulary if looks_through else 0,
         rounds=recipe.rounds,
-        **_rankings(recipe, shape),
+        **_rankings(recipe, shape.num_layers),
         asked=recipe.select is not None,
         compute_bytes=work.compute_dtype.itemsize,
         stored_bytes=work.checkpoint_dtype.itemsize,
@@ -161,9 +160,9 @@ def _ranked(recipe: Recipe, layers: int) -> int:
     return 0 if chosen else layers - recipe.protect_first - recipe.protect_last - recipe.occupied
 
 
-def _rankings(recipe: Recipe, shape: ModelShape) -> dict[str, int]:
+def _rankings(recipe: Recipe, layers: int) -> dict[str, int]:
     """How many rankings, of how many windows at most, for how many of which maps are fitted."""
-    ranked, greedy = _ranked(recipe, shape.num_layers), recipe.select == "greedy"
+    ranked = _ranked(recipe, layers)
     mapped = min(SHORTLIST, ranked) if recipe.select in (None, "auto") and recipe.occupied else 0
     mapped = ranked if recipe.select == "replaceability" else mapped
-    return {"windows": net_layers(recipe, shape) if greedy else recipe.count, "ranked": ranked, "mapped": mapped}
+    return {"windows": recipe.count, "ranked": ranked, "mapped": mapped}

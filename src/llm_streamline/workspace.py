@@ -252,10 +252,8 @@ class Workspace:
         """Whether the model's layers stay on the disk, as some stage would not fit with all of them held."""
         offloads = self.estimate.offloaded
         if offloads:
-            say(
-                f"the model does not fit in {self.room / 1e9:.1f} GB: its layers are read from the disk, one by one",
-                self.runtime.quiet,
-            )
+            why = f"the model does not fit in {self.room / 1e9:.1f} GB"
+            say(f"{why}: its layers are read from the disk, one by one", self.runtime.quiet)
         return offloads
 
     @property
