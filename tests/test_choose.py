@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import pytest
 
-from llm_streamline.choose import candidates, check_request, choose, least_influence, single_layers
+from llm_streamline.choose import choose, least_influence
 from llm_streamline.errors import UserError
 from llm_streamline.recipe import Recipe
 from llm_streamline.records import ModelShape, Similarity, Window
+from llm_streamline.removal import candidates, check_request, single_layers
 
 LAYERS = 8
 SHAPE = ModelShape(name="m", model_type="llama", total=100 + 10 * LAYERS, layers=[10] * LAYERS)

@@ -196,6 +196,11 @@ def test_cosines_are_solved_for_in_several_passes():
     assert often["closed form"].tokens == 6 * once["closed form"].tokens
 
 
+def test_layers_taken_one_by_one_cost_a_ranking_each(llama_folder):
+    one, three = (stages(workspace(llama_folder, preset="sleb", remove=count))["ranking"].tokens for count in (1, 3))
+    assert three == 3 * one
+
+
 def test_every_pass_of_a_closed_form_takes_time():
     def seconds(loss):
         work = workspace("bundled", replace="linear", loss=loss)

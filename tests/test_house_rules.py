@@ -115,6 +115,7 @@ def test_every_module_has_its_tests():
         "architectures": "families",
         "family": "families",
         "staying": "choose",
+        "removal": "choose",
         "conflicts": "recipe",
         "lighter": "chain",
     }

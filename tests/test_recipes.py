@@ -10,13 +10,13 @@ import pytest
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PretrainedConfig
 
 from llm_streamline.checkpoint import without_weights
-from llm_streamline.choose import check_request, net_layers, parameters_after
 from llm_streamline.families import parameter_counts
 from llm_streamline.mixture import SLIMPAJAMA
 from llm_streamline.preview import plan_only
 from llm_streamline.recipe import Recipe, Runtime
 from llm_streamline.recipe_file import make_recipe
 from llm_streamline.records import ModelShape, Window
+from llm_streamline.removal import check_request, net_layers, parameters_after
 from tests import tiny
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))

@@ -15,7 +15,7 @@ from llm_streamline import oracle, preview, run, selection, verdict
 from llm_streamline.analyze import analyze
 from llm_streamline.assemble import Parts, build
 from llm_streamline.cache import Cached, StateCache
-from llm_streamline.choose import check_request, choose, choose_windows, pick
+from llm_streamline.choose import choose, choose_windows, pick
 from llm_streamline.comparison import CUT
 from llm_streamline.errors import UserError
 from llm_streamline.estimate import predict
@@ -26,6 +26,7 @@ from llm_streamline.memory import alive_layers, layers_above
 from llm_streamline.rank import rank
 from llm_streamline.recipe import Recipe
 from llm_streamline.records import LayerPlan, ModelShape, Window
+from llm_streamline.removal import check_request
 from llm_streamline.replacement import build_replacement
 from llm_streamline.sizes import sizes_of
 from llm_streamline.student import spanning, split, student_of

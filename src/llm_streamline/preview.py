@@ -6,7 +6,6 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from llm_streamline import figures
-from llm_streamline.choose import check_protected, check_request
 from llm_streamline.errors import Dismissed, UserError
 from llm_streamline.estimate import Estimate
 from llm_streamline.files import remove, remove_leftovers
@@ -17,6 +16,7 @@ from llm_streamline.progress import say
 from llm_streamline.ranking import RANKING, Ranking
 from llm_streamline.recipe import Recipe, Runtime
 from llm_streamline.records import LayerPlan, Similarity
+from llm_streamline.removal import check_protected, check_request
 from llm_streamline.run import check_all, measure
 from llm_streamline.selection import decide, deciding, ranked
 from llm_streamline.sizes import sizes_of

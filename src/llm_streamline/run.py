@@ -13,7 +13,6 @@ from llm_streamline.assemble import Parts as ModelParts
 from llm_streamline.assemble import assemble
 from llm_streamline.card import CARD, is_licence, origin, source_files, write_card
 from llm_streamline.chain import check_asked, check_then, kinds, links, make_lighter, standing
-from llm_streamline.choose import check_request
 from llm_streamline.comparison import CUT, SAVED
 from llm_streamline.errors import Dismissed, UserError
 from llm_streamline.evaluation import CHAIN, EVALUATION, Chain, Evaluation, Lighter, ModelScore, Request, Result
@@ -28,6 +27,7 @@ from llm_streamline.progress import say
 from llm_streamline.ranking import RANKING, Ranking
 from llm_streamline.recipe import Recipe, Runtime
 from llm_streamline.records import Fit, Fitted, Inputs, LayerPlan, Manifest, Scores, Similarity, Verification
+from llm_streamline.removal import check_request
 from llm_streamline.rounds import settle
 from llm_streamline.scoring.evaluate import evaluate as evaluate_request
 from llm_streamline.scoring.given import Task, check_questions_fit, open_tasks

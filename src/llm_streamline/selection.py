@@ -12,14 +12,11 @@ from transformers import PreTrainedModel
 from llm_streamline.analyze import analyze
 from llm_streamline.choose import (
     Pick,
-    candidates,
     choose,
     choose_layers,
     choose_windows,
     least_influence,
-    net_layers,
     pick,
-    single_layers,
 )
 from llm_streamline.errors import UserError
 from llm_streamline.forward import shortened, substituted
@@ -29,6 +26,7 @@ from llm_streamline.rank import rank
 from llm_streamline.ranking import NAMES, RANKING, SCORES, By, Ranking
 from llm_streamline.recipe import Recipe
 from llm_streamline.records import LayerPlan, Similarity, Window, runs_of
+from llm_streamline.removal import candidates, net_layers, single_layers
 from llm_streamline.windows import split_evenly
 from llm_streamline.workspace import RunFolder, Workspace
 

@@ -14,7 +14,8 @@ from llm_streamline.memory import FORWARD_TOKENS, alive_layers, default_batch, l
 from llm_streamline.objective import passes_to_solve
 from llm_streamline.optimizers import MUON, optimizer_for
 from llm_streamline.ranking import SHORTLIST
-from llm_streamline.records import FOLDED
+from llm_streamline.records import FOLDED, ModelShape
+from llm_streamline.removal import net_layers
 from llm_streamline.student import healed_parameters
 from llm_streamline.text import CALIBRATION_TOKENS, DEFAULT_TOKENS, VALIDATION_TOKENS, block_length
 from llm_streamline.upper import chunk_positions
@@ -46,7 +47,7 @@ class Sizes:
     above: int  # frozen layers that gradients pass on their way to the lowest stand-in, at most
     logits: int  # made at once for it; 0 where it looks at hidden states alone
     rounds: int  # of removal and training
-    windows: int  # that go, one ranking each
+    windows: int  # that go, or layers one by one: a ranking each
     ranked: int  # windows that are scored, at most
     mapped: int  # of those, windows that linear maps are fitted for
     asked: bool  # whether they are scored though the model's layers stay on the disk
@@ -99,7 +100,7 @@ def sizes_of(work: Workspace, offloaded: bool = False) -> Sizes:
         above=layers_above(recipe, shape.num_layers),
         logits=min(chunk_positions(batch, vocabulary), block) * batch * vocabulary if looks_through else 0,
         rounds=recipe.rounds,
-        **_rankings(recipe, shape.num_layers),
+        **_rankings(recipe, shape),
         asked=recipe.select is not None,
         compute_bytes=work.compute_dtype.itemsize,
         stored_bytes=work.checkpoint_dtype.itemsize,
@@ -160,9 +161,9 @@ def _ranked(recipe: Recipe, layers: int) -> int:
     return 0 if chosen else layers - recipe.protect_first - recipe.protect_last - recipe.occupied
 
 
-def _rankings(recipe: Recipe, layers: int) -> dict[str, int]:
+def _rankings(recipe: Recipe, shape: ModelShape) -> dict[str, int]:
     """How many rankings, of how many windows at most, for how many of which maps are fitted."""
-    ranked = _ranked(recipe, layers)
+    ranked, greedy = _ranked(recipe, shape.num_layers), recipe.select == "greedy"
     mapped = min(SHORTLIST, ranked) if recipe.select in (None, "auto") and recipe.occupied else 0
     mapped = ranked if recipe.select == "replaceability" else mapped
-    return {"windows": recipe.count, "ranked": ranked, "mapped": mapped}
+    return {"windows": net_layers(recipe, shape) if greedy else recipe.count, "ranked": ranked, "mapped": mapped}

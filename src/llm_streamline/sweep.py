@@ -13,7 +13,6 @@ from functools import cache
 from pathlib import Path
 
 from llm_streamline import checkpoint, run, sweep_figure
-from llm_streamline.choose import net_layers
 from llm_streamline.comparison import mean_accuracy, mean_stability, saved_of
 from llm_streamline.errors import UserError
 from llm_streamline.evaluation import Evaluation, Interval, ModelScore, Point, Request, Result, Sweep
@@ -25,6 +24,7 @@ from llm_streamline.preview import plan_only
 from llm_streamline.progress import say
 from llm_streamline.recipe import Recipe, Runtime
 from llm_streamline.records import LayerPlan, Similarity
+from llm_streamline.removal import net_layers
 from llm_streamline.scoring.of_run import DENSE, OWN
 from llm_streamline.scoring.perplexity import FORWARD_TOKENS, next_token_loss
 from llm_streamline.scoring.subject import Subject
