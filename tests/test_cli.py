@@ -20,6 +20,7 @@ from llm_streamline import oracle, text
 from llm_streamline.checkpoint import Source
 from llm_streamline.cli import COMMANDS, main
 from llm_streamline.families import FAMILIES, layers_of
+from llm_streamline.flags import SAID
 from llm_streamline.runtimes.gguf import VARIABLE
 from tests import tiny
 from tests.test_adapters import adapter_of
@@ -127,6 +128,15 @@ def test_every_field_is_a_flag_and_the_named_ones_exist():
         *("--json", "--debug", "--recipe"),
     ):
         assert f" {flag}" in page, flag
+
+
+def test_flags_that_are_something_else_than_of_compress_say_what():
+    assert SAID
+    for (command, field), said in SAID.items():
+        page = " ".join(help_of(command).split())
+        assert f"--{field}" in page
+        assert said[:40] in page
+    assert "--output" not in help_of("estimate"), "nothing is written"
 
 
 def test_a_flag_that_has_another_name_in_python_reaches_its_recipe(cli):

@@ -129,8 +129,8 @@ def export(
         str | None,
         typer.Option(
             "--type",
-            help="Number format: f32, f16 or bf16; for gguf also q8_0, q4_k_m and the like. [default: the model's, for "
-            "onnx f32]",
+            help="Number format: for gguf f32, f16, bf16, q8_0, q4_k_m and the like; for onnx f32 alone. [default: the "
+            "model's, for onnx f32]",
         ),
     ] = None,
     llama_cpp: Annotated[Path | None, typer.Option("--llama-cpp", help=_LLAMA_CPP)] = None,

@@ -21,7 +21,7 @@ ONLY_COMPRESS = {
     *("weight_decay", "warmup", "clip", "dtype", "preset", "dry_run", "tracker", "tasks", "checkpoint_every", "fresh"),
     *("epochs", "cache", "optimizer", "beside", "then"),
 }
-NOT_ESTIMATE = {"dry_run", "tracker", "tasks", "checkpoint_every", "worker_timeout", "fresh"}
+NOT_ESTIMATE = {"output", "dry_run", "tracker", "tasks", "checkpoint_every", "worker_timeout", "fresh"}
 NOT_ESTIMATE |= {"beside", "then", "seed", "lr", "min_lr", "clip", "warmup", "temperature"}
 NOT_EVALUATE = {
     "tracker",
@@ -35,6 +35,13 @@ NOT_EVALUATE = {
     "then",
 }
 NOT_SWEEP = {"window", "max_params", "then"}
+SAID = {  # by command and field, where a flag is not what it is of `compress`
+    ("evaluate", "output"): "A folder for the evaluation: new, empty or of an earlier one, and no run folder.",
+    ("analyze", "output"): "A folder for the analysis. [default: NAME-analysis, in the current folder]",
+    ("analyze", "remove"): "Net layers of the windows to rank, as of compress. [default: none, or 25% with --select]",
+    ("sweep", "output"): "The sweep's folder, with a run folder for each ratio (OUT/remove-25%).",
+    ("sweep", "remove"): "Net layers to remove, several by commas: 2,4,6 or 10%,20%,30%. It has to be given.",
+}
 
 
 def _annotation(kind: Any) -> Any:
@@ -47,11 +54,11 @@ def _annotation(kind: Any) -> Any:
     return str | None
 
 
-def _option(schema: type[Schema], name: str) -> inspect.Parameter:
+def _option(schema: type[Schema], name: str, command: str) -> inspect.Parameter:
     field = schema.model_fields[name]
     flag = f"--{(field.alias or name).replace('_', '-')}"
     kind = _annotation(field.annotation)
-    help_text = field.description or ""
+    help_text = SAID.get((command, name), field.description or "")
     if field.default not in (None, ()) and field.default is not False and "[default" not in help_text:
         help_text += f" [default: {field.default}]"
     metavar = None if kind is bool else name.upper()
@@ -88,7 +95,7 @@ def _recipe_flags(command: Callable[..., None], leave_out: set[str]) -> Callable
         inspect.Parameter("model", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None, annotation=model),
         inspect.Parameter("recipe", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=file),
     ]
-    return _signed(run, command, [*first, *_options(Recipe, {"model", *leave_out})])
+    return _signed(run, command, [*first, *_options(Recipe, {"model", *leave_out}, command)])
 
 
 def _request_flags(command: Callable[..., None], leave_out: set[str]) -> Callable[..., None]:
@@ -101,7 +108,7 @@ def _request_flags(command: Callable[..., None], leave_out: set[str]) -> Callabl
     models_help = Request.model_fields["models"].description
     models = Annotated[list[str] | None, typer.Argument(help=models_help, show_default=False)]
     first = inspect.Parameter("models", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None, annotation=models)
-    return _signed(run, command, [first, *_options(Request, leave_out)])
+    return _signed(run, command, [first, *_options(Request, leave_out, command)])
 
 
 def _parted(given: dict[str, Any], schema: type[Schema]) -> tuple[dict[str, Any], Runtime]:
@@ -119,13 +126,13 @@ def _by_alias(schema: type[Schema], values: dict[str, Any]) -> dict[str, Any]:
     return {schema.model_fields[key].alias or key: value for key, value in values.items()}
 
 
-def _options(schema: type[Schema], leave_out: set[str]) -> list[inspect.Parameter]:
+def _options(schema: type[Schema], leave_out: set[str], command: Callable[..., None]) -> list[inspect.Parameter]:
     from llm_streamline.recipe import Runtime
 
     common = schema.model_fields.keys() & Runtime.model_fields.keys()  # which the schema has for its own purpose
     names = [(schema, name) for name in schema.model_fields]
     names += [(Runtime, name) for name in Runtime.model_fields if name not in {"command", *common}]
-    return [_option(one, name) for one, name in names if name not in leave_out]
+    return [_option(one, name, command.__name__) for one, name in names if name not in leave_out]
 
 
 def _signed(
