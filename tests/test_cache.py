@@ -192,5 +192,5 @@ def test_a_run_killed_after_its_training_leaves_no_cache(tmp_path):
     fit.write(tmp_path / "replacement" / "fit.json")
     cached(trainer(), tmp_path / "cache")
     snapshot = Snapshot(tmp_path / "checkpoint.safetensors", 1.0)
-    assert training.trained_before(folder, snapshot, "replacement", "of a later round") == fit
+    assert training.trained_before(folder, snapshot, "replacement") == fit
     assert not (tmp_path / "cache").exists()

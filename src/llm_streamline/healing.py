@@ -45,7 +45,7 @@ def heal(work: Workspace, plan: LayerPlan, folder: RunFolder) -> Fit | None:
         return None
     world = work.world
     snapshot = Snapshot(folder.path / SNAPSHOT, work.runtime.checkpoint_every, world=world)
-    if fit := world.led(lambda: trained_before(folder, snapshot, HEALED, "model")):
+    if fit := world.led(lambda: trained_before(folder, snapshot, HEALED)):
         return fit
     _, training = lessons(work)
     replacement = shared_replacement(work, plan, folder)

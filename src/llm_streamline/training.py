@@ -55,6 +55,11 @@ def weights_of(recipe: Recipe, turn: int) -> str:
     return "replacement" if turn == recipe.rounds else f"{ROUNDS}/replacement-{turn}"
 
 
+def state_of(recipe: Recipe, turn: int) -> str:
+    """The file with the state of a round's training while that lasts."""
+    return SNAPSHOT if turn == recipe.rounds else f"{ROUNDS}/{turn}-{SNAPSHOT}"
+
+
 def plan_of(turn: int) -> str:
     return f"{ROUNDS}/plan-{turn}.json"
 
@@ -68,8 +73,8 @@ def train_replacement(work: Workspace, plan: LayerPlan, folder: RunFolder, turn:
     if work.recipe.solved or not work.recipe.learns:
         return fit_linear(work, plan, folder) if work.recipe.solved else None
     world = work.world
-    snapshot = Snapshot(folder.path / SNAPSHOT, work.runtime.checkpoint_every, world=world)
-    if fit := world.led(lambda: trained_before(folder, snapshot, weights_of(work.recipe, turn), plan_of(turn + 1))):
+    snapshot = Snapshot(folder.path / state_of(work.recipe, turn), work.runtime.checkpoint_every, world=world)
+    if fit := world.led(lambda: trained_before(folder, snapshot, weights_of(work.recipe, turn))):
         return fit
     training = lesson(work, turn)
     replacement = world.attempt(lambda: untrained(work, plan, folder, turn).to(work.device))
@@ -179,12 +184,10 @@ def settings_of(work: Workspace, training: Tensor) -> Settings:
     return Settings.resolve(recipe, training, alive, work.memory, work.bfloat16)
 
 
-def trained_before(folder: RunFolder, snapshot: Snapshot, name: str, later: str) -> Fit | None:
-    """The Fit of what has been trained; the state is of a training after it where `later` is there, and stays."""
+def trained_before(folder: RunFolder, snapshot: Snapshot, name: str) -> Fit | None:
     if not folder.has(name):
         return None
-    if not folder.has(later):
-        forget_training(folder, snapshot)  # where a run was killed in just this place
+    forget_training(folder, snapshot)  # where a run was killed in just this place
     return Fit.read(folder.path / name / "fit.json")
 
 
