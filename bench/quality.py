@@ -53,9 +53,13 @@ METHODS: dict[str, dict[str, Any]] = {  # what of a recipe each sets; the tokens
     "healed-text": {"heal": "all", "heal_loss": TEXT_TOO},
     **{name: {"preset": name} for name in ("lora", "uidl", "last-n-head", "shortgpt", "sleb", "laco")},
     **{name: {"preset": name} for name in ("replaceme", "replaceme-cosine")},
-    **{name: {"preset": name, "custom_code": True} for name in ("linearpatch", "ghost")},
+    **{name: {"preset": name, "custom_code": True} for name in ("linearpatch", "linearpatch-kl", "ghost")},
 }
-BETWEEN = ("linearpatch", "ghost")  # of which the map lies between two layers: it is to be no layer that is kept
+BETWEEN = (
+    "linearpatch",
+    "linearpatch-kl",
+    "ghost",
+)  # of which the map lies between two layers: it is to be no layer that is kept
 
 
 def given(text: str) -> tuple[str, dict[str, Any]]:

@@ -38,11 +38,13 @@ def test_every_family_is_estimated_and_timed(name, tmp_path):
     recipe = Recipe(model=str(folder), block=32, tokens=3200, remove=2)
     found = preview.estimate_only(recipe, Runtime(quiet=True))
     assert [stage.name for stage in found.stages] == [
-        *("analysis", "ranking", "training", "assembly", "verification", "scores")
+        *("analysis", "ranking", "start", "training", "assembly", "verification", "scores")
     ]
     assert found.fits and not found.offloaded and found.disk > 0
     timed = {stage.name for stage in found.stages if stage.seconds is not None}
-    assert timed == {"analysis", "ranking", "training", "scores"} and all(stage.seconds != 0 for stage in found.stages)
+    assert timed == {"analysis", "ranking", "start", "training", "scores"} and all(
+        stage.seconds != 0 for stage in found.stages
+    )
 
 
 def test_what_is_read_layer_by_layer_takes_less_and_does_not_grow_with_depth(llama_folder):
@@ -189,6 +191,19 @@ def test_the_default_batch_leaves_room_for_the_layers_above():
     assert few < many
     assert layers_above(Recipe(model="m", loss="kl", window="21:30"), 32) == 2
     assert layers_above(Recipe(model="m", loss="kl", replace="none"), 32) == layers_above(near, 32) == 0
+
+
+def test_looking_for_a_start_takes_a_pass_for_each_layer_of_the_windows(llama_folder):
+    def tokens(**given):
+        return stages(workspace(llama_folder, calibration_tokens=3200, **given))["start"].tokens
+
+    assert tokens() == 3 * 3200 and tokens(window="1:3,4:6") == 4 * 3200  # net two of six layers, and one stands in
+    free = {"replace": "linear:free", "loss": "kl", "custom_code": True}
+    assert tokens(**free) == 3200 + sizes_of(workspace(llama_folder, **free)).validation
+    for given in ({"init": "inherited"}, {**free, "loss": "mse"}, {"replace": "none"}):
+        assert "start" not in stages(workspace(llama_folder, **given))
+    assert not sizes_of(workspace(llama_folder), offloaded=True).starting, "it is not looked for then"
+    assert sizes_of(workspace(llama_folder, init="best"), offloaded=True).starting
 
 
 def test_cosines_are_solved_for_in_several_passes():

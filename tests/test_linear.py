@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from llm_streamline import assemble, folding, objective, oracle, run, verdict
@@ -21,7 +22,7 @@ from llm_streamline.linear import Reading, best_map, solve_window, window_moment
 from llm_streamline.moments import Moments
 from llm_streamline.preview import estimate_only, plan_only
 from llm_streamline.recipe import Recipe, Runtime
-from llm_streamline.records import LayerPlan, Window
+from llm_streamline.records import Fit, LayerPlan, Window
 from llm_streamline.workspace import Workspace
 from tests import tiny
 from tests.test_families import plan_for
@@ -421,10 +422,48 @@ def test_a_dry_run_says_which_layer_changes(llama_folder, text_file, tmp_path):
 
 @pytest.mark.parametrize(
     ("replace", "loss"),
-    [("linear", "kl"), ("linear:free", "nmse:0.5,mse:0.5"), ("linear:patch", "cosine"), ("linear", "lm")],
+    [("linear", "kl"), ("linear", "nmse:0.5,mse:0.5"), ("linear", "lm")],
 )
 def test_what_it_cannot_be_solved_for_is_refused(replace, loss):
     with pytest.raises(
         UserError, match=rf"--loss {loss} is not what --replace {replace} can be solved for; give one of"
     ):
         Recipe(model="m", replace=replace, loss=loss, custom_code=True)
+
+
+@pytest.mark.parametrize(("replace", "loss"), [("linear:free", "kl"), ("linear:patch", "nmse:0.5,kl:0.5")])
+def test_a_map_is_trained_from_its_closed_form_by_what_it_cannot_be_solved_for(
+    llama_folder, text_file, tmp_path, in_process, replace, loss
+):
+    asked = recipe(llama_folder, text_file, replace=replace, custom_code=True)
+    still = asked.model_copy(update={"loss": loss, "lr": 1e-9, "min_lr": 0.0})
+    solved, begun = (run.compress(one, quiet(tmp_path / one.loss_used)) for one in (asked.model_copy(), still))
+    maps = [
+        load_file(tmp_path / one.loss_used / "replacement/replacement.safetensors")["0.network.weight"]
+        for one in (asked, still)
+    ]
+    assert isinstance(begun.fit, Fit) and begun.verification.passed and begun.plan.custom_code
+    apart = torch.nn.functional.cosine_similarity(*(one.flatten() for one in maps), dim=0)
+    assert apart > 0.6 and not torch.equal(*maps), "of the training part, and of the calibration part"
+    learned = run.compress(still.model_copy(update={"lr": 1e-3}), quiet(tmp_path / "learned"))
+    assert learned.fit.validation[0].loss == begun.fit.validation[0].loss
+    assert learned.fit.validation[-1].loss < begun.fit.validation[-1].loss
+    assert solved.fit.tokens == learned.fit.tokens == 6400
+
+
+def test_a_map_whose_training_was_stopped_is_not_solved_for_again(
+    llama_folder, text_file, tmp_path, in_process, monkeypatch
+):
+    asked = recipe(llama_folder, text_file, replace="linear:free", loss="kl", custom_code=True)
+    whole = run.compress(asked, quiet(tmp_path / "whole"))
+    with monkeypatch.context() as stopped, pytest.raises(KeyboardInterrupt):
+        stopped.setattr("llm_streamline.training.keep", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        run.compress(asked, quiet(tmp_path / "cut", checkpoint_every=0.0001))
+    monkeypatch.setattr("llm_streamline.training.solved_start", lambda *_: pytest.fail("solved again"))
+    again = run.compress(asked, quiet(tmp_path / "cut", checkpoint_every=0.0001))
+    assert oracle.weight_hashes(Path(again.model)) == oracle.weight_hashes(Path(whole.model))
+
+
+def test_a_map_has_no_other_start():
+    with pytest.raises(UserError, match="begins as its closed form: leave out --init random"):
+        Recipe(model="m", replace="linear:free", loss="kl", init="random", custom_code=True)

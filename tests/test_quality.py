@@ -138,7 +138,9 @@ def test_a_control_trains_a_layer_or_all_of_the_dense_model_and_removes_nothing(
     assert total[0] > total[1] > total[2], "what has been trained is what is judged"
 
 
-@pytest.mark.parametrize(("name", "given"), [("default", "25%"), ("none", "25%"), ("ghost", "2"), ("linearpatch", "2")])
+@pytest.mark.parametrize(
+    ("name", "given"), [("default", "25%"), ("none", "25%"), ("ghost", "2"), ("linearpatch-kl", "2")]
+)
 def test_a_map_between_two_layers_is_no_layer_that_is_kept(name, given):
     assert asked(name, "25%", 12) == given
 

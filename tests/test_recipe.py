@@ -59,16 +59,19 @@ def test_presets_are_the_papers_settings():
         ("replaceme", ("linear", "cosine", "none")),
         ("replaceme-cosine", ("linear", "cosine", "none")),
         ("linearpatch", ("linear:patch", "cosine", "none")),
+        ("linearpatch-kl", ("linear:patch", "cosine", "none")),
         ("ghost", ("linear:free", "cosine", "none")),
     ],
 )
 def test_presets_of_other_methods(preset, values):
     recipe = Recipe(model="m", preset=preset, custom_code=True)
-    wanted = {"replaceme": "mse", "replaceme-cosine": "cosine", "ghost": "mse", "linearpatch": "nmse"}.get(preset, LOSS)
+    losses = {"linearpatch": "nmse", "linearpatch-kl": "kl:100", "ghost": "mse"}
+    wanted = {"replaceme": "mse", "replaceme-cosine": "cosine", **losses}.get(preset, LOSS)
     assert (recipe.replace, recipe.select, recipe.heal) == values
     below = 1 if preset.startswith("replaceme") else 0  # a folded map needs a layer below its window
     assert (recipe.protect_first, recipe.protect_last, recipe.init) == (below, 0, None)
     assert recipe.heal_loss == ("lm" if recipe.heals else None) and recipe.loss_used == wanted
+    assert recipe.solved == (recipe.replace.startswith("linear") and preset != "linearpatch-kl")
 
 
 @pytest.mark.parametrize("preset", ["paper-ffn", "paper-swiglu"])

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from llm_streamline.heal import parse_heal
 from llm_streamline.objective import parse_objective
 from llm_streamline.presets import PRESETS
-from llm_streamline.replace import ONE_OF_ITS_OWN
+from llm_streamline.replace import ONE_OF_ITS_OWN, solvable
 
 if TYPE_CHECKING:
     from llm_streamline.recipe import Recipe
@@ -111,17 +111,19 @@ def nothing_to_train(recipe: Recipe) -> str | None:
     if (recipe.solved or recipe.replace == "merged") and given:
         how = "solved for in one pass" if recipe.solved else "made of the window's weights"
         return f"--replace {recipe.replace} is {how}, not trained: leave out {' and '.join(given)}"
+    if solvable(recipe.replace) and recipe.init:
+        return f"--replace {recipe.replace} begins as its closed form: leave out --init {recipe.init}"
     if recipe.replace == "none" and recipe.init:
         return f"--init {recipe.init} is for what stands in, and --replace none puts nothing there; leave it out"
     return None
 
 
 def unsolvable(recipe: Recipe) -> str | None:
-    solvable = ("nmse", "mse") if recipe.replace == "linear:patch" else ("nmse", "mse", "cosine")
-    if recipe.solved and recipe.loss_used not in solvable:
+    known = solvable(recipe.replace)
+    if recipe.solved and recipe.loss_used not in known:
         return (
             f"--loss {recipe.loss} is not what --replace {recipe.replace} can be solved for; give one of "
-            f"{', '.join(solvable)}, or --replace layer"
+            f"{', '.join(known)}, or --replace linear:free or layer, which are trained"
         )
     return None
 

@@ -28,6 +28,7 @@ RANKED_COPIES = 5  # in float32, while losses and KL are computed
 BLAME = {
     "analysis": "a smaller --block",
     "ranking": "--select cosine, or a smaller --block",
+    "start": "a smaller --block or --replace layer with --init inherited",
     "closed form": "a smaller --block or --replace layer",
     "healing": "--batch 1, a smaller --block, another --heal or none",
     "training": "--batch 1, a smaller --block or --replace none",
@@ -108,6 +109,7 @@ def predict(sizes: Sizes, offloaded: bool, writes_offloaded: bool) -> list[Stage
     return [
         _analysis(sizes, model, offloaded),
         *_ranking(sizes, model, offloaded),
+        *_start(sizes, model, offloaded),
         *_training(sizes, model, offloaded),
         *_healing(sizes, model),
         Stage(name="assembly", on_device=False, memory=written, disk=after * sizes.saved_bytes, tokens=0),
@@ -159,6 +161,18 @@ def _scores(sizes: Sizes, model: int, offloaded: bool, after: int) -> Stage:
     memory = model + saved + _waiting(sizes, sizes.validation, offloaded)
     memory += max(passing(sizes, tokens, offloaded), logits)
     return Stage(name="scores", on_device=True, memory=memory, disk=0, tokens=3 * sizes.validation)
+
+
+def _start(sizes: Sizes, model: int, offloaded: bool) -> list[Stage]:
+    """What training begins with: layers tried in the window's place up to the logits, or a map that is solved for."""
+    if not sizes.starting:
+        return []
+    tokens = max(sizes.block, sizes.forward // 2)
+    memory = model + _waiting(sizes, sizes.calibration, offloaded)
+    memory += max(passing(sizes, tokens, offloaded), tokens * sizes.vocabulary * (sizes.compute_bytes + 8))
+    if sizes.started:
+        memory = _closed_form(sizes, model, offloaded).memory
+    return [Stage(name="start", on_device=True, memory=memory, disk=0, tokens=sizes.starting)]
 
 
 def passing(sizes: Sizes, tokens: int, offloaded: bool) -> int:

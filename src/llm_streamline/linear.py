@@ -35,7 +35,7 @@ from llm_streamline.folding import FoldedLayer
 from llm_streamline.forward import mlp_outputs
 from llm_streamline.memory import FORWARD_TOKENS
 from llm_streamline.moments import Moments
-from llm_streamline.objective import passes_to_solve
+from llm_streamline.objective import STATES_ONLY, passes_to_solve
 from llm_streamline.parallel import ALONE, World
 from llm_streamline.passages import passages_of
 from llm_streamline.patch import Magnitudes, patch_map
@@ -203,6 +203,20 @@ def solve_window(
     return mapping, fit
 
 
+def solved_start(work: Workspace, plan: LayerPlan) -> dict[str, Tensor]:
+    """What a map that is to be trained begins as: its closed form on the calibration part. All processes take part."""
+    work.share()
+    say(f"the map begins as its closed form on {work.parts.calibration.numel():,} tokens", work.runtime.quiet)
+    return _weights(plan, _solve(work, plan, work.parts.calibration, STATES_ONLY)[0])
+
+
+def _solve(work: Workspace, plan: LayerPlan, blocks: Tensor, loss: str) -> tuple[Tensor, LinearFit]:
+    folded, patch, batch = plan.folded is not None, plan.replace == PATCH, work.batch(FORWARD_TOKENS)
+    reading = Reading(folded, loss, batch, work.bfloat16, work.runtime.quiet, patch)
+    model = work.world.attempt(lambda: work.model)
+    return solve_window(model, plan.window, blocks, work.parts.validation, reading, work.world)
+
+
 def fit_linear(work: Workspace, plan: LayerPlan, folder: RunFolder) -> LinearFit:
     """Stage 3 where nothing is trained: `replacement/` with the map and its fit, unless an earlier run has made it."""
     kept = work.world.led(lambda: LinearFit.read(folder.path / _FIT) if folder.has("replacement") else None)
@@ -212,10 +226,7 @@ def fit_linear(work: Workspace, plan: LayerPlan, folder: RunFolder) -> LinearFit
     parts, quiet = work.parts, work.runtime.quiet
     how = "measuring a patch" if plan.replace == PATCH else "solving for a linear map"
     say(f"{how} on {parts.training.numel():,} tokens", quiet)
-    folded, patch, batch = plan.folded is not None, plan.replace == PATCH, work.batch(FORWARD_TOKENS)
-    reading = Reading(folded, work.recipe.loss_used, batch, work.bfloat16, quiet, patch)
-    model = work.world.attempt(lambda: work.model)
-    mapping, fit = solve_window(model, plan.window, parts.training, parts.validation, reading, work.world)
+    mapping, fit = _solve(work, plan, parts.training, work.recipe.loss_used)
     if fit.ridge is None:
         say("no linear map lowers the validation loss; the model stays as merely cut.", quiet)
     if work.world.first:

@@ -53,6 +53,18 @@ PRESETS: dict[str, dict[str, Any]] = {
     # LinearPatch, NeurIPS 2025, without its training of the patch. Theirs lies between two layers, ours is in one's
     # place, so that as many layers go at one --remove less; the rotation for a width that is no power of two is ours
     "linearpatch": {**DELETED, "replace": "linear:patch"},
+    # its training of the patch, a full matrix by then, by KL over the dense model's 100 likeliest tokens; the rate is
+    # that of its 7B model. The window is theirs too, by the mean over tokens; theirs adds up cosines along the tokens
+    "linearpatch-kl": {
+        **DELETED,
+        "replace": "linear:patch",
+        "loss": "kl:100",
+        "temperature": 1.0,
+        "optimizer": "adamw",
+        "lr": 1e-4,
+        "min_lr": 5e-6,
+        "weight_decay": 1e-4,
+    },
     # Ghosted Layers, arXiv 2605.15491: the unconstrained map at the cut. Theirs is no layer; ours is in one's place, as
     # above
     "ghost": {**DELETED, "replace": "linear:free", "loss": "mse"},

@@ -89,6 +89,7 @@ def timed(estimate: Estimate, sizes: Sizes, rates: Rates) -> Estimate:
     spent = {
         "analysis": sizes.calibration * through,
         "training": (sizes.training + validated) * through + distilled,
+        "start": sizes.starting * through,
         "closed form": sizes.solved * (sizes.training + sizes.validation) * (through + rates.training),
         "ranking": sum(stage.tokens for stage in estimate.stages if stage.name == "ranking") * through,
         "scores": 3 * sizes.validation * through,

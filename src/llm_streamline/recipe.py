@@ -11,7 +11,7 @@ from llm_streamline.heal import check_heal, parse_heal
 from llm_streamline.objective import LOGITS_ONLY, LOSS, STATES_ONLY, Objective, check_loss, parse_objective
 from llm_streamline.presets import PRESETS
 from llm_streamline.quantities import Count, Fraction
-from llm_streamline.replace import ONE_OF_ITS_OWN, check_replace
+from llm_streamline.replace import BEST, ONE_OF_ITS_OWN, SOLVED, check_replace, solvable
 from llm_streamline.runtime import Runtime as Runtime
 from llm_streamline.schema import Schema, as_several, as_text
 from llm_streamline.windows import Window, parse_windows
@@ -93,7 +93,8 @@ class Recipe(Schema):
         description="What stands in for the window: none; layer (one of the model's own), layer:2 for two; mlp (one "
         "with its attention silent); merged (the window's own layers made one, untrained); the paper's ffn or swiglu, "
         "also as ffn:residual or swiglu:residual; linear (a map in closed form, folded into the MLP below the window), "
-        "linear:free (one in a layer's place) or linear:patch (there, one that only scales the state's channels).",
+        "linear:free (one in a layer's place) or linear:patch (there, one that only scales the state's channels); both "
+        "are trained from there by a --loss that has no closed form.",
     )
     init: Literal["best", "inherited", "random"] | None = Field(
         None,
@@ -263,14 +264,17 @@ class Recipe(Schema):
     @property
     def solved(self) -> bool:
         """Whether the replacement is had in closed form, so that nothing is trained."""
-        return self.replace.partition(":")[0] == "linear"
+        known = solvable(self.replace)
+        return bool(known) and (self.loss is None or self.loss in known or not self.each)
 
     @property
     def start(self) -> str:
-        """How the replacement's weights begin: 'best', 'inherited' or 'random'."""
+        """How the replacement's weights begin: 'best', 'inherited', 'random' or, of what has one, its closed form."""
         if self.init is not None:
             return self.init
-        return "random" if self.network else "best" if self.replace in ONE_OF_ITS_OWN else "inherited"
+        if solvable(self.replace):
+            return SOLVED
+        return "random" if self.network else BEST if self.replace in ONE_OF_ITS_OWN else "inherited"
 
     @property
     def given(self) -> list[Window]:

@@ -16,6 +16,7 @@ from llm_streamline.optimizers import MUON, optimizer_for
 from llm_streamline.ranking import SHORTLIST
 from llm_streamline.records import FOLDED, ModelShape
 from llm_streamline.removal import net_layers
+from llm_streamline.replace import BEST, SOLVED
 from llm_streamline.student import healed_parameters
 from llm_streamline.text import CALIBRATION_TOKENS, DEFAULT_TOKENS, VALIDATION_TOKENS, block_length
 from llm_streamline.upper import chunk_positions
@@ -43,6 +44,8 @@ class Sizes:
     heal_batch: int  # sequences of a micro-batch
     heal_logits: int
     healing: int  # tokens
+    starting: int  # tokens that pass to find what training begins with
+    started: bool  # by a map that is solved for, not by a layer of the model
     solved: int  # passes over the text by which it is had in closed form; 0 where it is trained
     above: int  # frozen layers that gradients pass on their way to the lowest stand-in, at most
     logits: int  # made at once for it; 0 where it looks at hidden states alone
@@ -96,6 +99,8 @@ def sizes_of(work: Workspace, offloaded: bool = False) -> Sizes:
         trained=(shape.network or layer) * (1 if recipe.replace == FOLDED else occupied),
         **_remembered(work, blocks // recipe.rounds),
         **_healing(work, blocks, tokens),
+        starting=0 if offloaded and recipe.init is None and recipe.start == BEST else _starting(recipe, shape),
+        started=recipe.start == SOLVED,
         solved=passes_to_solve(recipe.loss_used) if recipe.solved else 0,
         above=layers_above(recipe, shape.num_layers),
         logits=min(chunk_positions(batch, vocabulary), block) * batch * vocabulary if looks_through else 0,
@@ -110,10 +115,25 @@ def sizes_of(work: Workspace, offloaded: bool = False) -> Sizes:
         block=block,
         forward=max(block, FORWARD_TOKENS // block * block),
         batch=batch,
-        calibration=recipe.calibration_tokens or CALIBRATION_TOKENS,
-        validation=recipe.validation_tokens or VALIDATION_TOKENS,
+        **_measured(recipe),
         ram=work.ram,
     )
+
+
+def _measured(recipe: Recipe) -> dict[str, int]:
+    return {
+        "calibration": recipe.calibration_tokens or CALIBRATION_TOKENS,
+        "validation": recipe.validation_tokens or VALIDATION_TOKENS,
+    }
+
+
+def _starting(recipe: Recipe, shape: ModelShape) -> int:
+    """Each layer of the windows is tried alone in their place; or a map is solved for, once."""
+    calibration, validation = _measured(recipe).values()
+    if recipe.start == BEST:
+        given = sum(len(window) for window in recipe.given)
+        return (given or net_layers(recipe, shape) + recipe.occupied) * calibration
+    return calibration + validation if recipe.start == SOLVED and not recipe.solved else 0
 
 
 def _remembered(work: Workspace, sequences: int) -> dict[str, int]:

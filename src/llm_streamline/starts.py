@@ -8,11 +8,10 @@ from llm_streamline.forward import substituted
 from llm_streamline.memory import FORWARD_TOKENS
 from llm_streamline.progress import say
 from llm_streamline.records import LayerPlan, Window
+from llm_streamline.replace import BEST
 from llm_streamline.replacement import fits
 from llm_streamline.scoring.perplexity import next_token_loss
 from llm_streamline.workspace import Workspace
-
-BEST = "best"
 
 
 def with_starts(work: Workspace, plan: LayerPlan) -> LayerPlan:

@@ -15,7 +15,7 @@ from llm_streamline.cache import Cached, StateCache, cache_bytes
 from llm_streamline.checkpoint import context_length
 from llm_streamline.errors import UserError
 from llm_streamline.files import atomic, remove, sha256
-from llm_streamline.linear import fit_linear, load_folded
+from llm_streamline.linear import fit_linear, load_folded, solved_start
 from llm_streamline.memory import alive_layers
 from llm_streamline.merging import MERGED, merged_layers
 from llm_streamline.optimizers import optimizer_for
@@ -23,6 +23,7 @@ from llm_streamline.passages import Passages, passages_of
 from llm_streamline.progress import say
 from llm_streamline.recipe import Recipe
 from llm_streamline.records import Fit, Fitted, LayerPlan
+from llm_streamline.replace import SOLVED
 from llm_streamline.replacement import ReplacementLayers
 from llm_streamline.snapshot import Snapshot
 from llm_streamline.student import spanning
@@ -78,6 +79,8 @@ def train_replacement(work: Workspace, plan: LayerPlan, folder: RunFolder, turn:
         return fit
     training = lesson(work, turn)
     replacement = world.attempt(lambda: untrained(work, plan, folder, turn).to(work.device))
+    if work.recipe.start == SOLVED and not world.led(snapshot.path.exists):
+        replacement.load_state_dict(solved_start(work, plan))
     replacement.load_state_dict(world.led(replacement.state_dict))  # that another machine may round otherwise
     settings = world.led(lambda: settings_of(work, training).continued(snapshot))
     title = f"training, round {turn} of {work.recipe.rounds}" if work.recipe.rounds > 1 else "training"

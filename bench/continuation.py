@@ -1,0 +1,61 @@
+"""`python -m bench.continuation OUT.jsonl TEXT [TEXT ...]`: questions enough to tell methods apart that are close.
+
+Every 64 words of a text are one question, and no word is in two: which of four pieces of 14 words follows the 50? The
+wrong ones follow elsewhere, in three other documents of the same file, for what tells files apart is no question. A
+text file that is one document falls apart at its titles (` = Title = `, as WikiText has them).
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from llm_streamline.scoring.texts import read_text
+
+QUERY, CHOICE, CHOICES = 50, 14, 4  # words, words, pieces
+TITLE = re.compile(r"^ = [^=].* = $", re.MULTILINE)
+
+
+class Piece(NamedTuple):
+    document: int
+    query: str
+    choice: str
+
+
+def pieces(path: Path) -> list[Piece]:
+    documents = read_text(path).documents
+    documents = TITLE.split(documents[0]) if len(documents) == 1 else documents
+    found = []
+    for number, document in enumerate(documents):
+        words = document.split()
+        for start in range(0, len(words) - QUERY - CHOICE + 1, QUERY + CHOICE):
+            middle = start + QUERY
+            found.append(Piece(number, " ".join(words[start:middle]), " ".join(words[middle : middle + CHOICE])))
+    return found
+
+
+def question(piece: Piece, others: list[Piece], draw: random.Random) -> dict[str, Any]:
+    choices, documents = [piece.choice], {piece.document}
+    while len(choices) < CHOICES:
+        other = draw.choice(others)
+        if other.document not in documents and other.choice not in choices:
+            choices.append(other.choice)
+            documents.add(other.document)
+    draw.shuffle(choices)
+    return {"query": piece.query, "choices": choices, "gold": choices.index(piece.choice)}
+
+
+def main(out: str, *texts: str) -> None:
+    draw = random.Random(0)
+    found = [question(piece, own, draw) for own in map(pieces, map(Path, texts)) for piece in own]
+    lines = [json.dumps({"id": number, **one}, ensure_ascii=False) for number, one in enumerate(found)]
+    Path(out).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print(f"{out}: {len(lines)} questions")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
