@@ -38,6 +38,13 @@ def pieces(path: Path) -> list[Piece]:
     return found
 
 
+def questions(path: Path, draw: random.Random) -> list[dict[str, Any]]:
+    found = pieces(path)
+    if len({piece.document for piece in found}) < CHOICES:
+        sys.exit(f"{path} has fewer than {CHOICES} documents of {QUERY + CHOICE} words; give one that has more.")
+    return [question(piece, found, draw) for piece in found]
+
+
 def question(piece: Piece, others: list[Piece], draw: random.Random) -> dict[str, Any]:
     choices, documents = [piece.choice], {piece.document}
     while len(choices) < CHOICES:
@@ -51,7 +58,7 @@ def question(piece: Piece, others: list[Piece], draw: random.Random) -> dict[str
 
 def main(out: str, *texts: str) -> None:
     draw = random.Random(0)
-    found = [question(piece, own, draw) for own in map(pieces, map(Path, texts)) for piece in own]
+    found = [one for text in texts for one in questions(Path(text), draw)]
     lines = [json.dumps({"id": number, **one}, ensure_ascii=False) for number, one in enumerate(found)]
     Path(out).write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(f"{out}: {len(lines)} questions")

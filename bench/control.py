@@ -11,6 +11,7 @@ model of this size: excess losses can be read over it too.
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
 from dataclasses import replace
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 
-from bench.quality import Judge, flags
+from bench.quality import Judge, budgets, flags
 from bench.rows import SUFFIX, write_row
 from llm_streamline.checkpoint import Source, load_model
 from llm_streamline.forward import substituted
@@ -63,8 +64,7 @@ def controlled(recipe: Recipe, every: bool, judge: Judge) -> dict[str, Any]:
     return {"window": "", "parameters": work.shape.total, "cpu_seconds": seconds, **tokens, **gained, **row}
 
 
-def main() -> None:
-    options = flags(__doc__).parse_args()
+def add_controls(options: argparse.Namespace) -> None:
     judge = Judge(options.model, options.heldout, options.questions)
     for seed in options.seeds:
         for name, every in WHOLE.items():
@@ -76,6 +76,11 @@ def main() -> None:
             for remove, file in files.items():  # nothing is removed: the row is the same beside every share
                 write_row(file, {"method": name, "remove": remove, "seed": seed, **row})
             print(f"{name}-{seed}: excess {row['validation']:.4f} nats", file=sys.stderr)
+
+
+def main() -> None:
+    for options in budgets(flags(__doc__).parse_args()):
+        add_controls(options)
 
 
 if __name__ == "__main__":

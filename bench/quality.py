@@ -1,10 +1,11 @@
 """Ways to shorten a model on equal tokens, row by row: excess loss, stability and accuracy on text no stage has read.
 
 `python -m bench.quality ROWS --model MODEL --data TEXT.jsonl --heldout TEXT.jsonl --questions TASK.jsonl
-    [--methods NAME ...] [--remove 25% 42%] [--seeds 0 1 2] [--tokens 500k]`
+    [--methods NAME ...] [--remove 25% 42%] [--seeds 0 1 2] [--tokens 500k 50k]`
 
 adds to the folder ROWS what is not there yet, one file per row, so that it can be stopped at any time, and says how
-long the rest will take by the rows that are there; with OMP_NUM_THREADS=1 one for each core, with other --seeds each;
+long the rest will take by the rows that are there (those of a second budget lie in ROWS-50k); with OMP_NUM_THREADS=1
+one for each core, with other --seeds each;
 `python -m bench.quality_table ROWS` prints what has come in. Rows that have been measured lie in `bench/measured`.
 Without --heldout a row is judged on the validation part of the training text alone, which is what settings are chosen
 by.
@@ -17,7 +18,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from bench.depths import Peak
+from bench.packed import packed_answers
 from bench.rows import SUFFIX, read_row, write_row
 from llm_streamline import compress, run, selection
 from llm_streamline.checkpoint import Source, context_length, load_config, load_model, load_tokenizer
@@ -40,6 +42,7 @@ from llm_streamline.scoring.questions import answers, encode, read_questions
 from llm_streamline.scoring.texts import read_text, windows
 
 DENSE = "dense"
+MANY = 5000  # questions, from which on the choices of one share a forward
 DOCUMENT_TOKENS = 1024  # of each held-out document, from its beginning
 TEXT_TOO = "nmse:0.3,kl+0.3lm:0.7"
 METHODS: dict[str, dict[str, Any]] = {  # what of a recipe each sets; the tokens are the same for all that train
@@ -78,7 +81,10 @@ def learns_text(name: str) -> bool:
 
 def asked(name: str, remove: str, layers: int) -> str:
     """What a method is given as --remove, so that of every method as many of the model's own layers go, net."""
-    return str(round(float(remove.rstrip("%")) * layers / 100) - 1) if name in BETWEEN else remove
+    if name not in BETWEEN:
+        return remove
+    net = int(float(remove.rstrip("%")) * layers / 100 + 0.5) if remove.endswith("%") else int(remove)
+    return str(net - 1)
 
 
 class Remembered:
@@ -136,9 +142,18 @@ class Judge:
             found = documents.setdefault(window.document, [0.0, 0])
             found[0] += float(loss[-window.new :].double().sum())
             found[1] += window.new
-        items = answers(model, self._questions, self._rows, "questions", quiet=True) if self._questions else []
-        kept = [[item.ppl, item.right, bool(item.likeliest_right)] for item in items]
-        return {"documents": list(documents.values()), "items": kept}
+        return {"documents": list(documents.values()), "items": self._items(model)}
+
+    def _items(self, model: PreTrainedModel) -> list[list[Any]]:
+        """Per question its choices' PPL, and whether stability and accuracy call it right."""
+        if len(self._questions) < MANY:
+            items = answers(model, self._questions, self._rows, "questions", quiet=True) if self._questions else []
+            return [[item.ppl, item.right, bool(item.likeliest_right)] for item in items]
+        found = []
+        for question, own in zip(self._questions, packed_answers(model, self._rows), strict=True):
+            ppl, likely = ([one[place] for one in own] for place in (0, 1))
+            found.append([ppl, ppl.index(min(ppl)) == question.gold, likely.index(max(likely)) == question.gold])
+        return found
 
 
 def shortened(values: dict[str, Any], scratch: Path, judge: Judge) -> dict[str, Any]:
@@ -171,6 +186,23 @@ class Wanted(NamedTuple):
     seed: int
     values: dict[str, Any]
 
+    def asked(self) -> dict[str, str]:
+        """What the row is kept with, so that it is not taken for another's: files by their names alone."""
+        return {key: Path(str(value)).name for key, value in self.values.items()}
+
+    def check(self) -> None:
+        """Stop where the file is there and is of something else."""
+        there = read_row(self.file).get("asked", self.asked())
+        if differs := [key for key, value in self.asked().items() if there.get(key) != value]:
+            sys.exit(f"{self.file} was measured with another {', '.join(differs)}; give another folder for the rows.")
+
+
+def budgets(options: argparse.Namespace) -> Iterator[argparse.Namespace]:
+    """The options for each budget alone: the first one's rows lie in ROWS, those of N more tokens in ROWS-N."""
+    for number, tokens in enumerate(options.tokens):
+        rows = options.rows.with_name(f"{options.rows.name}-{tokens}") if number else options.rows
+        yield argparse.Namespace(**{**vars(options), "tokens": tokens, "rows": rows})
+
 
 def missing(options: argparse.Namespace) -> list[Wanted]:
     """The rows that were asked for and are not there, all methods of one seed and share in a row."""
@@ -182,7 +214,10 @@ def missing(options: argparse.Namespace) -> list[Wanted]:
                 base = {"model": options.model, "data": options.data, "tokens": options.tokens, "seed": seed}
                 base["remove"] = asked(name, remove, layers)
                 found.append(Wanted(file, name, remove, seed, {**base, **values}))
-    return [one for one in found if not one.file.exists()]
+    there = [one for one in found if one.file.exists()]
+    for one in there:
+        one.check()
+    return [one for one in found if one not in there]
 
 
 def outlook(folder: Path, left: list[Wanted]) -> str:
@@ -215,7 +250,8 @@ def add_rows(options: argparse.Namespace) -> None:
             except UserError as error:
                 say(f"{one.file.name}: {error}", False)
                 continue
-        write_row(one.file, {"method": one.name, "remove": one.remove, "seed": one.seed, **row})
+        told = {"method": one.name, "remove": one.remove, "seed": one.seed, "asked": one.asked()}
+        write_row(one.file, {**told, **row})
         say(f"{one.file.name}: excess {row['validation']:.4f} nats, {row['seconds']:.0f} s", False)
 
 
@@ -229,12 +265,13 @@ def flags(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--remove", nargs="+", default=["25%", "42%"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--tokens", default="500k")
+    parser.add_argument("--tokens", nargs="+", default=["500k"])
     return parser
 
 
 def main() -> None:
-    add_rows(flags(__doc__).parse_args())
+    for options in budgets(flags(__doc__).parse_args()):
+        add_rows(options)
 
 
 if __name__ == "__main__":

@@ -135,7 +135,7 @@ def test_a_saved_format_of_fewer_bits_is_what_was_checked(recipe, tmp_path):
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [
-        ({"heal": "lora", "replace": "linear"}, "--heal lora does not go with --replace linear"),
+        ({"heal": "lora", "replace": "linear"}, "--heal lora does not go with --replace linear, whose map is part"),
         ({"heal_share": 0.4}, "--heal-share is for --heal"),
         ({"heal": "heads"}, "no way to heal"),
         ({"heal": "all", "heal_share": 1.0}, "--heal-share was given 1.0"),

@@ -22,7 +22,7 @@ from llm_streamline.linear import Reading, best_map, solve_window, window_moment
 from llm_streamline.moments import Moments
 from llm_streamline.preview import estimate_only, plan_only
 from llm_streamline.recipe import Recipe, Runtime
-from llm_streamline.records import Fit, LayerPlan, Window
+from llm_streamline.records import Fit, LayerPlan, LinearFit, Window
 from llm_streamline.workspace import Workspace
 from tests import tiny
 from tests.test_families import plan_for
@@ -302,7 +302,7 @@ def test_refused_before_anything_is_measured_or_written(name, changes, told, tmp
 @pytest.mark.parametrize("changes", [{"init": "random"}, {"init": "inherited"}, {"epochs": 2}])
 @pytest.mark.parametrize("replace", ["linear", "linear:free"])
 def test_what_only_training_has_is_refused(replace, changes):
-    with pytest.raises(UserError, match=f"not trained: leave out --{next(iter(changes))}"):
+    with pytest.raises(UserError, match=f"(not trained|its closed form): leave out --{next(iter(changes))}"):
         Recipe(model="m", replace=replace, custom_code=True, **changes)
 
 
@@ -387,10 +387,14 @@ def test_a_bfloat16_checkpoint_is_verified_with_its_rounding(name, text_file, tm
     assert any("rounded to bfloat16" in one for one in result.verification.limits)
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe"])
-def test_from_the_disk_the_same_weights_come_out(name, text_file, tmp_path, in_process, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [("qwen3_moe", {}), ("llama", {"replace": "linear:free", "loss": "kl", "custom_code": True, "optimizer": "adamw"})],
+)
+def test_from_the_disk_the_same_weights_come_out(name, how, text_file, tmp_path, in_process, monkeypatch):
     folder, made = tiny.make_folder(tmp_path / "model", name), {}
-    asked = recipe(folder, text_file, window="1:4")  # layer 0 is folded, which is also run to see what layers return
+    # layer 0 is folded, which is also run to see what layers return
+    asked = recipe(folder, text_file, window="1:4", **how)
     for offloads in (False, True):
         monkeypatch.setattr(Workspace, "offloads", offloads)
         out = tmp_path / str(offloads)
@@ -400,10 +404,22 @@ def test_from_the_disk_the_same_weights_come_out(name, text_file, tmp_path, in_p
                 Workspace, "estimate", found.model_copy(update={"offloaded": True, "writes_offloaded": True})
             )
         made[offloads] = run.compress(asked, quiet(out))
-    assert made[True].fit.ridge == made[False].fit.ridge
-    states = [AutoModelForCausalLM.from_pretrained(one.model).state_dict() for one in made.values()]
+    if not how:
+        assert made[True].fit.ridge == made[False].fit.ridge
+    states = [load_file(next(Path(one.model).glob("*.safetensors"))) for one in made.values()]
     for key, value in states[0].items():
-        torch.testing.assert_close(states[1][key], value, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(states[1][key], value, rtol=1e-5, atol=1e-6 if not how else 1e-5)
+
+
+@pytest.mark.parametrize("loss", [None, "kl"])
+def test_a_map_is_healed_with_the_rest(llama_folder, text_file, tmp_path, in_process, loss):
+    asked = recipe(llama_folder, text_file, replace="linear:free", loss=loss, heal="all", custom_code=True)
+    result = run.compress(asked, quiet(tmp_path / "out"))
+    assert isinstance(result.fit, LinearFit if loss is None else Fit) and result.verification.passed
+    assert result.fit.tokens + result.healing.tokens == 6400, "no text is seen by both"
+    assert result.healing.validation[0].loss > result.healing.validation_best
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "Healed (all)" in page and ("Solved for, not trained:" in page) == (loss is None)
 
 
 def test_the_estimate_has_a_stage_for_it(llama_folder, text_file):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import sys
 
 import numpy as np
 import pytest
 import torch
 
-from bench import control, quality_table, quality_tokens
+from bench import continuation, control, quality, quality_table, quality_tokens
 from bench.quality import METHODS, Judge, asked, learns_text
 from bench.quality_table import Compared, differences, read
 from bench.rows import SUFFIX, read_row, write_row
@@ -143,6 +145,86 @@ def test_a_control_trains_a_layer_or_all_of_the_dense_model_and_removes_nothing(
 )
 def test_a_map_between_two_layers_is_no_layer_that_is_kept(name, given):
     assert asked(name, "25%", 12) == given
+
+
+def test_shares_are_rounded_as_the_tool_rounds_them():
+    assert [asked("ghost", remove, 10) for remove in ("25%", "35%", "3")] == ["2", "3", "2"]
+
+
+def options(rows, model, **changes):
+    values = {"rows": rows, "model": str(model), "data": "a/text.jsonl", "tokens": ["500k"], "heldout": None}
+    asked = {"questions": None, "methods": ["default", "paper"], "remove": ["2"], "seeds": [0, 1]}
+    return argparse.Namespace(**{**values, **asked, **changes})
+
+
+def test_rows_are_added_one_by_one_and_those_there_are_not_measured_again(llama_folder, tmp_path, monkeypatch, capsys):
+    measured = []
+
+    def shortened(values, scratch, judge):
+        measured.append((values.get("preset"), values["seed"]))
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        return {"validation": 0.1, "seconds": 7200.0}
+
+    monkeypatch.setattr(quality, "shortened", shortened)
+    monkeypatch.setattr(quality, "remember", lambda: None)
+    monkeypatch.setattr(Judge, "row", lambda *_: {"documents": [], "items": []})
+    way = options(tmp_path / "rows", llama_folder, tokens="500k")
+    with pytest.raises(KeyboardInterrupt):
+        quality.add_rows(way)
+    assert capsys.readouterr().err.splitlines()[-1] == "3 rows to go, about 6.0 h"
+    quality.add_rows(way)
+    assert measured == [(None, 0), ("paper", 0), ("paper", 0), (None, 1), ("paper", 1)]
+    row = read_row(tmp_path / "rows" / f"paper-2-1{SUFFIX}")
+    assert row["method"] == "paper" and row["asked"]["data"] == "text.jsonl" and row["asked"]["tokens"] == "500k"
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"), [({"tokens": "5k"}, "another tokens;"), ({"data": "b/other.jsonl"}, "another data;")]
+)
+def test_a_row_is_not_taken_for_that_of_another_text_or_budget(llama_folder, tmp_path, changes, told):
+    way = options(tmp_path, llama_folder, tokens="500k", methods=["paper"], seeds=[0])
+    first = quality.missing(way)[0]
+    write_row(first.file, {"method": "paper", "asked": first.asked()})
+    assert quality.missing(way) == []
+    with pytest.raises(SystemExit, match=told):
+        quality.missing(argparse.Namespace(**{**vars(way), **changes}))
+
+
+def test_rows_of_a_second_budget_lie_beside(tmp_path):
+    found = list(quality.budgets(options(tmp_path / "rows", "m", tokens=["500k", "5k"])))
+    assert [(one.tokens, one.rows.name) for one in found] == [("500k", "rows"), ("5k", "rows-5k")]
+
+
+def test_questions_are_of_every_piece_and_its_wrong_choices_of_other_documents(tmp_path, monkeypatch):
+    words = {name: [f"{name}{number}" for number in range(130)] for name in "abcd"}
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": " ".join(own)}) + "\n" for own in words.values()), encoding="utf-8")
+    continuation.main(str(tmp_path / "out.jsonl"), str(text))
+    found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(found) == 8 and found[1]["query"].split() == words["a"][64:114]
+    assert found[1]["choices"][found[1]["gold"]].split() == words["a"][114:128]
+    assert all(sorted(choice[0] for choice in one["choices"]) == list("abcd") for one in found)
+    text.write_text(json.dumps({"text": " ".join(words["a"])}) + "\n", encoding="utf-8")
+    with pytest.raises(SystemExit, match="fewer than 4 documents"):
+        continuation.main(str(tmp_path / "out.jsonl"), str(text))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_choices_that_share_a_forward_are_answered_as_alone(name, tmp_path, monkeypatch):
+    folder, path = tiny.make_folder(tmp_path / "model", name), tmp_path / "questions.jsonl"
+    asked = [
+        {"id": 0, "query": "one two three", "choices": ["four", "five six", "three two one", "five"], "gold": 1},
+        {"id": 1, "query": "a", "choices": ["b c d e", "c"], "gold": 0},
+        {"id": 2, "query": "x y z x y z x y", "choices": ["z", "y", "x x"], "gold": 2},
+    ]
+    path.write_text("".join(json.dumps(one) + "\n" for one in asked), encoding="utf-8")
+    monkeypatch.setattr(quality, "multiplies_bfloat16", lambda device: False)  # which rounds by shapes
+    judge, model = Judge(str(folder), None, path), load_model(Source(str(folder)), torch.float32).eval()
+    alone = judge.row(model)["items"]
+    monkeypatch.setattr(quality, "MANY", 0)
+    for one, other in zip(alone, judge.row(model)["items"], strict=True):
+        assert other[0] == pytest.approx(one[0], abs=1e-5) and other[1:] == one[1:]
 
 
 def test_what_learns_from_the_text_is_told_by_its_losses():

@@ -122,6 +122,48 @@ def test_mistakes_are_one_sentence(values, words):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("preset", "values"),
+    [
+        ("paper", {"replace": "none"}),
+        ("paper", {"replace": "linear"}),
+        ("paper-random", {"replace": "linear:free", "custom_code": True}),
+        ("lora", {"heal": "none"}),
+        ("linearpatch-kl", {"loss": "nmse", "custom_code": True}),
+        ("linearpatch-kl", {"replace": "none"}),
+        ("paper", {"lr": None, "min_lr": None}),
+    ],
+)
+def test_what_is_given_takes_the_meaning_of_what_a_preset_sets(preset, values, tmp_path):
+    recipe, file = Recipe(model="m", preset=preset, **values), tmp_path / "recipe.yaml"
+    file.write_text(to_yaml(recipe), encoding="utf-8")
+    assert make_recipe({}, file) == recipe, "also where it was taken away"
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        (
+            {"replace": "none", "lr": 1e-3, "epochs": 2},
+            "puts nothing there that could train: leave out --epochs and --lr",
+        ),
+        ({"replace": "none", "loss": "kl"}, "leave out --loss"),
+        ({"replace": "none", "heal": "all", "loss": "kl"}, "leave out --loss"),
+        (
+            {"replace": "merged", "optimizer": "adamw"},
+            "is made of the window's weights, not trained: leave out --optimizer",
+        ),
+        ({"replace": "linear", "batch": 2}, "--replace linear is solved for, not trained: leave out --batch"),
+        ({"replace": "linear", "init": "random"}, "begins as its closed form: leave out --init random"),
+        ({"replace": "none", "init": "random"}, "leave out --init"),
+        ({"preset": "paper", "replace": "none", "lr": 1.0}, "leave out --lr"),
+    ],
+)
+def test_what_would_have_no_effect_is_refused(values, sentence):
+    with pytest.raises(UserError, match=sentence):
+        Recipe(model="m", **values)
+
+
 def test_yaml_means_what_the_flags_mean(tmp_path):
     file = tmp_path / "r.yaml"
     file.write_text("model: m\ndata: a.txt\nwindow: 21:30\nseed: 3\ntokens: 250k\nlr: 1e-4\n")

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from llm_streamline import assemble as assemble_module
-from llm_streamline import oracle, preview, run, selection, training
+from llm_streamline import oracle, preview, run, selection, starts, training
 from llm_streamline.errors import UserError
 from llm_streamline.estimate import predict
 from llm_streamline.forward import shortened
@@ -73,6 +73,13 @@ def test_the_second_round_goes_on_from_the_first(recipe, tmp_path, monkeypatch):
     assert RunFolder.open(tmp_path, way, fresh=True)  # nothing lies there that no run has made
     manifest, page = Manifest.read(tmp_path / "model" / oracle.MANIFEST), (tmp_path / "report.html").read_text()
     assert manifest.earlier == result.earlier and "round 1 of 2" in page and "round 2 of 2" in page
+
+
+def test_only_what_is_new_looks_for_a_start(recipe, tmp_path, monkeypatch):
+    looked, real = [], starts.best_start
+    monkeypatch.setattr(starts, "best_start", lambda work, window: looked.append(window) or real(work, window))
+    plan = run.compress(recipe(**WAY), quiet(tmp_path)).plan
+    assert sorted(map(str, looked)) == sorted(map(str, plan.windows)) and len(plan.starts) == 2
 
 
 def test_a_run_stopped_in_either_round_goes_on_to_the_same_bits(recipe, tmp_path, monkeypatch):

@@ -112,15 +112,15 @@ def _fold_limits(parts: Parts, prompts: Tensor, dtype: torch.dtype) -> list[str]
 def _write_model(parts: Parts, dtype: torch.dtype, folder: Path) -> dict[str, int]:
     """Save weights, configuration, tokenizer and generation settings; returns what became of the source's tensors."""
     model, tensors = build(parts, dtype)
+    keys = {"save_original_format": not parts.plan.custom_code}  # or as the folder's own code has them
+    if is_offloaded(parts.source):
+        save_lent(model, folder, shard_bytes(parts.memory or memory_limit()), **keys)
+    else:
+        model.save_pretrained(folder, **keys)
     if parts.plan.custom_code:
-        model.save_pretrained(folder, save_original_format=False)  # keys as the folder's own code has them
         layer = layers_of(model)[parts.plan.window.start]
         assert isinstance(layer, NetworkLayer)
         write_custom_code(model, layer.spec, folder)
-    elif is_offloaded(parts.source):
-        save_lent(model, folder, shard_bytes(parts.memory or memory_limit()))
-    else:
-        model.save_pretrained(folder)
     if parts.source.can_generate():  # as it is: some published ones would be refused by transformers' own save
         text = parts.source.generation_config.to_json_string()
         (folder / "generation_config.json").write_text(text, encoding="utf-8")

@@ -5,7 +5,7 @@ Nothing here needs torch, so that a recipe can be read without it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from llm_streamline.heal import parse_heal
@@ -15,6 +15,10 @@ from llm_streamline.replace import ONE_OF_ITS_OWN, solvable
 
 if TYPE_CHECKING:
     from llm_streamline.recipe import Recipe
+
+TRAINING = (  # which are nothing to a run in which nothing trains
+    *("epochs", "batch", "accumulate", "optimizer", "lr", "min_lr", "weight_decay", "warmup", "clip"),
+)
 
 
 def several_targets(recipe: Recipe) -> str | None:
@@ -80,16 +84,22 @@ def tried_with_what(recipe: Recipe) -> str | None:
     return None
 
 
+def asked_for(recipe: Recipe, names: Sequence[str]) -> list[str]:
+    """The flags of those that someone gave. What a preset sets may have lost its meaning by what was given."""
+    fields, preset = type(recipe).model_fields, PRESETS.get(recipe.preset or "", {})
+    found = [name for name in names if getattr(recipe, name) not in (fields[name].default, preset.get(name))]
+    return [f"--{name.replace('_', '-')}" for name in found]
+
+
 def temperature_of_nothing(recipe: Recipe) -> str | None:
     parts = [part for objective in recipe.trained_by for part in objective.parts]
-    if recipe.temperature is not None and all(part.kind != "kl" for part in parts):
+    if asked_for(recipe, ["temperature"]) and all(part.kind != "kl" for part in parts):
         return f"--temperature {recipe.temperature:g} is for a loss of kl, and nothing trains by one here; leave it out"
     return None
 
 
 def rate_of_nothing(recipe: Recipe) -> str | None:
-    presets = PRESETS.get(recipe.preset or "", {}).get("lr")
-    if recipe.lr not in (None, presets) and recipe.heal_lr and not recipe.learns:
+    if asked_for(recipe, ["lr"]) and recipe.heal_lr and not recipe.learns:
         return (
             f"--lr {recipe.lr:g} is for what stands in, and --replace {recipe.replace} trains nothing; give --heal-lr "
             "instead"
@@ -107,14 +117,18 @@ def best_of_what(recipe: Recipe) -> str | None:
 
 
 def nothing_to_train(recipe: Recipe) -> str | None:
-    given = [f"--{name}" for name, unset in (("init", None), ("epochs", 1)) if getattr(recipe, name) != unset]
-    if (recipe.solved or recipe.replace == "merged") and given:
-        how = "solved for in one pass" if recipe.solved else "made of the window's weights"
-        return f"--replace {recipe.replace} is {how}, not trained: leave out {' and '.join(given)}"
-    if solvable(recipe.replace) and recipe.init:
+    if recipe.learns and not recipe.solved:
+        return None
+    moot = ["init"] if recipe.solved else ["init", "loss"]
+    given = asked_for(recipe, moot if recipe.heals else [*moot, *TRAINING])
+    how = "is solved for, not trained" if recipe.solved else "puts nothing there that could train"
+    how = "is made of the window's weights, not trained" if recipe.replace == "merged" else how
+    return f"--replace {recipe.replace} {how}: leave out {' and '.join(given)}" if given else None
+
+
+def start_of_a_map(recipe: Recipe) -> str | None:
+    if solvable(recipe.replace) and asked_for(recipe, ["init"]):
         return f"--replace {recipe.replace} begins as its closed form: leave out --init {recipe.init}"
-    if recipe.replace == "none" and recipe.init:
-        return f"--init {recipe.init} is for what stands in, and --replace none puts nothing there; leave it out"
     return None
 
 
@@ -144,12 +158,14 @@ def domain_of_nothing(recipe: Recipe) -> str | None:
 
 
 def nothing_to_heal(recipe: Recipe) -> str | None:
-    fields = type(recipe).model_fields
-    given = [name for name in ("heal_share", "heal_loss", "heal_lr") if getattr(recipe, name) != fields[name].default]
+    given = asked_for(recipe, ["heal_share", "heal_loss", "heal_lr"])
     if given and not recipe.heals:
-        return f"--{given[0].replace('_', '-')} is for --heal; give that too, or leave it out"
-    if recipe.heals and recipe.solved:
-        return f"--heal {recipe.heal} does not go with --replace {recipe.replace}; use another replacement"
+        return f"{given[0]} is for --heal; give that too, or leave it out"
+    if recipe.heals and solvable(recipe.replace) and not recipe.each:
+        return (
+            f"--heal {recipe.heal} does not go with --replace {recipe.replace}, whose map is part of a layer that "
+            "stays; use --replace linear:free or layer"
+        )
     return None
 
 
@@ -174,6 +190,7 @@ CHECKS: tuple[Callable[[Recipe], str | None], ...] = (
     temperature_of_nothing,
     rate_of_nothing,
     best_of_what,
+    start_of_a_map,
     nothing_to_train,
     unsolvable,
     code_not_allowed,

@@ -19,7 +19,7 @@ lowers it with every pass; where ReplaceMe takes many steps of Adam, a few passe
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -206,8 +206,10 @@ def solve_window(
 def solved_start(work: Workspace, plan: LayerPlan) -> dict[str, Tensor]:
     """What a map that is to be trained begins as: its closed form on the calibration part. All processes take part."""
     work.share()
-    say(f"the map begins as its closed form on {work.parts.calibration.numel():,} tokens", work.runtime.quiet)
-    return _weights(plan, _solve(work, plan, work.parts.calibration, STATES_ONLY)[0])
+    mapping, fit = _solve(work, plan, work.parts.calibration, STATES_ONLY)
+    begun = "its closed form" if fit.ridge is not None else "the identity, which no linear map is better than,"
+    say(f"the map begins as {begun} on {fit.tokens:,} tokens", work.runtime.quiet)
+    return _weights(plan, mapping)
 
 
 def _solve(work: Workspace, plan: LayerPlan, blocks: Tensor, loss: str) -> tuple[Tensor, LinearFit]:
@@ -217,16 +219,18 @@ def _solve(work: Workspace, plan: LayerPlan, blocks: Tensor, loss: str) -> tuple
     return solve_window(model, plan.window, blocks, work.parts.validation, reading, work.world)
 
 
-def fit_linear(work: Workspace, plan: LayerPlan, folder: RunFolder) -> LinearFit:
-    """Stage 3 where nothing is trained: `replacement/` with the map and its fit, unless an earlier run has made it."""
+def fit_linear(work: Workspace, plan: LayerPlan, folder: RunFolder, text: Callable[[], Tensor]) -> LinearFit:
+    """Stage 3 where nothing is trained: `replacement/` with the map and its fit, unless an earlier run has made it.
+
+    `text` gives the token ids (N, T) that it is solved on.
+    """
     kept = work.world.led(lambda: LinearFit.read(folder.path / _FIT) if folder.has("replacement") else None)
     if kept:
         return kept
-    work.share()
-    parts, quiet = work.parts, work.runtime.quiet
+    training, quiet = text(), work.runtime.quiet
     how = "measuring a patch" if plan.replace == PATCH else "solving for a linear map"
-    say(f"{how} on {parts.training.numel():,} tokens", quiet)
-    mapping, fit = _solve(work, plan, parts.training, work.recipe.loss_used)
+    say(f"{how} on {training.numel():,} tokens", quiet)
+    mapping, fit = _solve(work, plan, training, work.recipe.loss_used)
     if fit.ridge is None:
         say("no linear map lowers the validation loss; the model stays as merely cut.", quiet)
     if work.world.first:

@@ -172,9 +172,9 @@ def shard_bytes(memory: int) -> int:
     return max(SMALLEST_SHARD, min(memory // 16, LARGEST_SHARD))
 
 
-def save_lent(model: PreTrainedModel, folder: Path, shard: int) -> None:
-    """Save a model whose layers are lent, `shard` bytes at a time."""
+def save_lent(model: PreTrainedModel, folder: Path, shard: int, **options: bool) -> None:
+    """Save a model whose layers are lent, `shard` bytes at a time; `options` are those of transformers' own save."""
     model.hf_device_map = {"": "disk"}  # by which transformers knows to look for what is on no device
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded modules")
-        model.save_pretrained(folder, max_shard_size=shard)
+        model.save_pretrained(folder, max_shard_size=shard, **options)

@@ -100,7 +100,8 @@ class Recipe(Schema):
         None,
         description="Start of the replacement: the best of the pruned layers, that by which alone in their place the "
         "loss rises least; inherited from the first ones; or random. [default: best for layer and mlp, inherited for "
-        "more than one layer or where the model does not fit in memory, random for ffn and swiglu]",
+        "more than one layer or where the model does not fit in memory, random for ffn and swiglu; a trained map "
+        "begins as its closed form]",
     )
     family_from: str | None = Field(
         None,
@@ -270,10 +271,10 @@ class Recipe(Schema):
     @property
     def start(self) -> str:
         """How the replacement's weights begin: 'best', 'inherited', 'random' or, of what has one, its closed form."""
-        if self.init is not None:
-            return self.init
         if solvable(self.replace):
             return SOLVED
+        if self.init is not None:
+            return self.init
         return "random" if self.network else BEST if self.replace in ONE_OF_ITS_OWN else "inherited"
 
     @property

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_streamline.errors import UserError, reason
+from llm_streamline.presets import PRESETS
 from llm_streamline.recipe import Recipe
 
 
@@ -44,10 +45,13 @@ def _loader() -> Any:
 
 
 def to_yaml(recipe: Recipe) -> str:
-    """Every field that has a value, in the schema's order; reads back as an equal recipe."""
+    """Every field that has a value, or has lost the preset's, in the schema's order; reads back as an equal recipe."""
     import yaml
 
-    return yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True, by_alias=True), sort_keys=False)
+    preset = PRESETS.get(recipe.preset or "", {})  # whose values would come back where nothing is said
+    values = recipe.model_dump(mode="json", by_alias=True).items()
+    kept = {key: value for key, value in values if value is not None or key in preset}
+    return yaml.safe_dump(kept, sort_keys=False)
 
 
 def changed_keys(old: Recipe, new: Recipe) -> list[str]:

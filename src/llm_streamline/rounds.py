@@ -36,4 +36,4 @@ def _next(
     """The plan with so many windows more, chosen on the model with what the round has trained in place."""
     replacement = shared_replacement(work, plan, folder, turn)
     replacement.to(work.device, work.compute_dtype)  # as the saved model would be computed with
-    return with_starts(work, more(work, similarity, count, plan, list(replacement.requires_grad_(False))))
+    return with_starts(work, more(work, similarity, count, plan, list(replacement.requires_grad_(False))), plan)

@@ -14,7 +14,7 @@ from llm_streamline.memory import FORWARD_TOKENS, alive_layers, default_batch, l
 from llm_streamline.objective import passes_to_solve
 from llm_streamline.optimizers import MUON, optimizer_for
 from llm_streamline.ranking import SHORTLIST
-from llm_streamline.records import FOLDED, ModelShape
+from llm_streamline.records import FOLDED, PATCH, ModelShape
 from llm_streamline.removal import net_layers
 from llm_streamline.replace import BEST, SOLVED
 from llm_streamline.student import healed_parameters
@@ -101,7 +101,7 @@ def sizes_of(work: Workspace, offloaded: bool = False) -> Sizes:
         **_healing(work, blocks, tokens),
         starting=0 if offloaded and recipe.init is None and recipe.start == BEST else _starting(recipe, shape),
         started=recipe.start == SOLVED,
-        solved=passes_to_solve(recipe.loss_used) if recipe.solved else 0,
+        solved=passes_to_solve(recipe.loss_used) + (recipe.replace == PATCH) if recipe.solved else 0,
         above=layers_above(recipe, shape.num_layers),
         logits=min(chunk_positions(batch, vocabulary), block) * batch * vocabulary if looks_through else 0,
         rounds=recipe.rounds,
@@ -133,7 +133,8 @@ def _starting(recipe: Recipe, shape: ModelShape) -> int:
     if recipe.start == BEST:
         given = sum(len(window) for window in recipe.given)
         return (given or net_layers(recipe, shape) + recipe.occupied) * calibration
-    return calibration + validation if recipe.start == SOLVED and not recipe.solved else 0
+    reads = 2 if recipe.replace == PATCH else 1  # for magnitudes, besides moments
+    return reads * calibration + validation if recipe.start == SOLVED and not recipe.solved else 0
 
 
 def _remembered(work: Workspace, sequences: int) -> dict[str, int]:

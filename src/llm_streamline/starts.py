@@ -14,15 +14,19 @@ from llm_streamline.scoring.perplexity import next_token_loss
 from llm_streamline.workspace import Workspace
 
 
-def with_starts(work: Workspace, plan: LayerPlan) -> LayerPlan:
-    """The plan, with the layer that each stand-in takes its first weights from. All processes take part."""
+def with_starts(work: Workspace, plan: LayerPlan, before: LayerPlan | None = None) -> LayerPlan:
+    """The plan, with the layer that each stand-in takes its first weights from. All processes take part.
+
+    Those of windows that an earlier plan has, which are trained by now, stay what they were.
+    """
     if work.recipe.start != BEST:
         return plan
     if work.recipe.init is None and work.world.led(lambda: work.offloads):  # machines may differ in memory
         why = "as the model does not fit in memory; --init best looks for the best one anyway"
         say(f"the replacement begins as its window's first layer, {why}", work.runtime.quiet)
         return plan
-    starts = [best_start(work, window) for window in plan.windows]
+    known = dict(zip(map(str, before.windows), before.starts, strict=False)) if before else {}
+    starts = [known[str(one)] if str(one) in known else best_start(work, one) for one in plan.windows]
     return plan.model_copy(update={"starts": starts})
 
 

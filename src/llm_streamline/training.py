@@ -72,7 +72,7 @@ def train_replacement(work: Workspace, plan: LayerPlan, folder: RunFolder, turn:
     """
     turn = turn or work.recipe.rounds
     if work.recipe.solved or not work.recipe.learns:
-        return fit_linear(work, plan, folder) if work.recipe.solved else None
+        return fit_linear(work, plan, folder, partial(_solved_on, work)) if work.recipe.solved else None
     world = work.world
     snapshot = Snapshot(folder.path / state_of(work.recipe, turn), work.runtime.checkpoint_every, world=world)
     if fit := world.led(lambda: trained_before(folder, snapshot, weights_of(work.recipe, turn))):
@@ -144,6 +144,12 @@ def lessons(work: Workspace) -> tuple[Tensor, Tensor]:
             "trainings; give more --tokens, or another share."
         )
     return blocks[: len(blocks) - healing], blocks[len(blocks) - healing :]
+
+
+def _solved_on(work: Workspace) -> Tensor:
+    """All of the training part, once; of a run that heals what is not left for that."""
+    work.share()
+    return lessons(work)[0] if work.recipe.heals else work.parts.training
 
 
 def announce(title: str, training: Tensor, settings: Settings, quiet: bool) -> None:

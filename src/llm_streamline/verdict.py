@@ -143,7 +143,8 @@ def _advice(plan: LayerPlan) -> str:
     if plan.replace == "merged" and plan.heal == "none":
         return "Train what stands in (--replace layer)"
     solved = plan.replace.partition(":")[0] == "linear"
-    return "Give more or other text" if solved else "Train on more or other text, lower the learning rate"
+    more = "Give more or other text (or a lower learning rate, where the map was trained)"
+    return more if solved else "Train on more or other text, lower the learning rate"
 
 
 def recovered(scores: Scores) -> float | None:

@@ -41,14 +41,15 @@ def token_losses(
 
     Rows are padded on the right, where a causal model does not look; those of like length go together.
     """
-    found = [torch.empty(0)] * len(rows)
+    counts = [len(row) - 1 for row in rows]
+    found = torch.empty(sum(counts)).split(counts)  # one tensor: small ones between large ones would tear the heap
     for some in batches([len(row) for row in rows], batch):
         padded = pad_sequence([torch.tensor(rows[row]) for row in some], batch_first=True)
         losses = _losses(model, padded.to(model.device, torch.long)).cpu()
         for row, loss in zip(some, losses, strict=True):
-            found[row] = loss[: len(rows[row]) - 1].clone()
+            found[row].copy_(loss[: counts[row]])
         advance(len(some))
-    return found
+    return list(found)
 
 
 def batches(lengths: Sequence[int], batch: int | None) -> Iterator[list[int]]:
