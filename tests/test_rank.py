@@ -152,6 +152,19 @@ def test_batches_and_windows_in_turn_change_nothing(monkeypatch):
     }
 
 
+def test_only_the_layers_above_a_window_run_again():
+    model, windows, passes = (
+        tiny.make_model("llama"),
+        [Window(start=start, stop=start + 2) for start in range(1, 4)],
+        [],
+    )
+    for layer in layers_of(model):
+        layer.register_forward_hook(lambda *_: passes.append(1))
+    rank(model, tiny.random_ids(4, 16), 2, windows, "loss", quiet=True)
+    batches, above = 2, sum(tiny.LAYERS - window.stop for window in windows)
+    assert len(passes) == batches * (tiny.LAYERS + above) + 1, "one more shows what layers return"
+
+
 def test_what_is_read_from_the_disk_gives_the_same(llama_folder, tmp_path):
     ids = tiny.random_ids(4, 16)
     held, stored = (load_model(Source(str(llama_folder)), torch.float32, offload=at) for at in (None, tmp_path / "o"))
