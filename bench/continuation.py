@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from llm_streamline.scoring.texts import read_text
 
 QUERY, CHOICE, CHOICES = 50, 14, 4  # words, words, pieces
+DRAWS = 10_000  # for the wrong choices of one question, at most
 TITLE = re.compile(r"^ = [^=].* = $", re.MULTILINE)
 
 
@@ -46,9 +47,11 @@ def questions(path: Path, draw: random.Random) -> list[dict[str, Any]]:
 
 
 def question(piece: Piece, others: list[Piece], draw: random.Random) -> dict[str, Any]:
-    choices, documents = [piece.choice], {piece.document}
+    choices, documents, draws = [piece.choice], {piece.document}, 0
     while len(choices) < CHOICES:
-        other = draw.choice(others)
+        other, draws = draw.choice(others), draws + 1
+        if draws > DRAWS:
+            sys.exit("too few documents differ in their words; give a text with more of them.")
         if other.document not in documents and other.choice not in choices:
             choices.append(other.choice)
             documents.add(other.document)

@@ -36,10 +36,20 @@ class Answer(NamedTuple):
     log_likelihood: float
 
 
-def pack(rows: Sequence[Row]) -> Packed:
+def shared_length(rows: Sequence[Row]) -> int:
+    """How many tokens all choices' texts begin with, but for the last of the shortest."""
     texts = [row.ids for row in rows]
     same = takewhile(lambda column: len(set(column)) == 1, zip(*texts, strict=False))
-    length = min(sum(1 for _ in same), min(map(len, texts)) - 1)
+    return min(sum(1 for _ in same), min(map(len, texts)) - 1)
+
+
+def packable(rows: Sequence[Row]) -> bool:
+    """Whether there is something to share, and nothing was cut to fit the context."""
+    return shared_length(rows) > 1 and not any(row.cut for row in rows)
+
+
+def pack(rows: Sequence[Row]) -> Packed:
+    texts, length = [row.ids for row in rows], shared_length(rows)
     shared, added = texts[0][:length], [ids[length:] for ids in texts]
     ids, places, choices = list(shared), list(range(length)), [0] * length
     for number, own in enumerate(added, start=1):

@@ -26,7 +26,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from bench.depths import Peak
-from bench.packed import packed_answers
+from bench.packed import packable, packed_answers
 from bench.rows import SUFFIX, read_row, write_row
 from llm_streamline import compress, run, selection
 from llm_streamline.checkpoint import Source, context_length, load_config, load_model, load_tokenizer
@@ -35,6 +35,7 @@ from llm_streamline.families import layers_of
 from llm_streamline.memory import held, release
 from llm_streamline.precision import multiplies_bfloat16
 from llm_streamline.progress import say
+from llm_streamline.quantities import parse_count
 from llm_streamline.recipe import Recipe, Runtime
 from llm_streamline.records import Fit, runs_of
 from llm_streamline.scoring.perplexity import token_losses
@@ -146,7 +147,7 @@ class Judge:
 
     def _items(self, model: PreTrainedModel) -> list[list[Any]]:
         """Per question its choices' PPL, and whether stability and accuracy call it right."""
-        if len(self._questions) < MANY:
+        if len(self._questions) < MANY or not all(map(packable, self._rows)):
             items = answers(model, self._questions, self._rows, "questions", quiet=True) if self._questions else []
             return [[item.ppl, item.right, bool(item.likeliest_right)] for item in items]
         found = []
@@ -188,12 +189,15 @@ class Wanted(NamedTuple):
 
     def asked(self) -> dict[str, str]:
         """What the row is kept with, so that it is not taken for another's: files by their names alone."""
-        return {key: Path(str(value)).name for key, value in self.values.items()}
+        files = ("model", "data")
+        named = {key: Path(str(value)).name if key in files else str(value) for key, value in self.values.items()}
+        return {**named, "tokens": str(parse_count(str(self.values["tokens"])))}
 
     def check(self) -> None:
         """Stop where the file is there and is of something else."""
         there = read_row(self.file).get("asked", self.asked())
-        if differs := [key for key, value in self.asked().items() if there.get(key) != value]:
+        asked = self.asked()
+        if differs := sorted(key for key in asked.keys() | there.keys() if there.get(key) != asked.get(key)):
             sys.exit(f"{self.file} was measured with another {', '.join(differs)}; give another folder for the rows.")
 
 

@@ -206,6 +206,18 @@ def test_looking_for_a_start_takes_a_pass_for_each_layer_of_the_windows(llama_fo
     assert sizes_of(workspace(llama_folder, init="best"), offloaded=True).starting
 
 
+def test_a_model_with_code_of_its_own_is_checked_and_scored_whole(llama_folder):
+    free = {"replace": "linear:free", "loss": "nmse", "custom_code": True}
+    sizes = sizes_of(workspace(llama_folder, **free), offloaded=True)
+    large = dataclasses.replace(sizes, total=10**9 * sizes.layers, layer=10**9)
+    whole, layered = (
+        {one.name: one.memory for one in predict(dataclasses.replace(large, whole=whole), True, True)}
+        for whole in (True, False)
+    )
+    assert whole["verification"] > layered["verification"] + 3 * large.total
+    assert whole["scores"] - layered["scores"] == large.total * large.compute_bytes
+
+
 def test_cosines_are_solved_for_in_several_passes():
     once, often = (stages(workspace("bundled", replace="linear", loss=loss)) for loss in ("mse", "cosine"))
     assert often["closed form"].tokens == 6 * once["closed form"].tokens

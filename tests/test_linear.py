@@ -23,9 +23,11 @@ from llm_streamline.moments import Moments
 from llm_streamline.preview import estimate_only, plan_only
 from llm_streamline.recipe import Recipe, Runtime
 from llm_streamline.records import Fit, LayerPlan, LinearFit, Window
+from llm_streamline.train import Trainer
 from llm_streamline.workspace import Workspace
 from tests import tiny
 from tests.test_families import plan_for
+from tests.test_train import stopping
 
 WINDOW = Window(start=2, stop=4)
 UNFOLDABLE = [
@@ -419,7 +421,7 @@ def test_a_map_is_healed_with_the_rest(llama_folder, text_file, tmp_path, in_pro
     assert result.fit.tokens + result.healing.tokens == 6400, "no text is seen by both"
     assert result.healing.validation[0].loss > result.healing.validation_best
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
-    assert "Healed (all)" in page and ("Solved for, not trained:" in page) == (loss is None)
+    assert "Healed (all)" in page and ("Solved for, then healed with the rest:" in page) == (loss is None)
 
 
 def test_the_estimate_has_a_stage_for_it(llama_folder, text_file):
@@ -473,7 +475,7 @@ def test_a_map_whose_training_was_stopped_is_not_solved_for_again(
     asked = recipe(llama_folder, text_file, replace="linear:free", loss="kl", custom_code=True)
     whole = run.compress(asked, quiet(tmp_path / "whole"))
     with monkeypatch.context() as stopped, pytest.raises(KeyboardInterrupt):
-        stopped.setattr("llm_streamline.training.keep", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        stopped.setattr(Trainer, "step", stopping(12))
         run.compress(asked, quiet(tmp_path / "cut", checkpoint_every=0.0001))
     monkeypatch.setattr("llm_streamline.training.solved_start", lambda *_: pytest.fail("solved again"))
     again = run.compress(asked, quiet(tmp_path / "cut", checkpoint_every=0.0001))

@@ -99,7 +99,7 @@ def temperature_of_nothing(recipe: Recipe) -> str | None:
 
 
 def rate_of_nothing(recipe: Recipe) -> str | None:
-    if asked_for(recipe, ["lr"]) and recipe.heal_lr and not recipe.learns:
+    if asked_for(recipe, ["lr"]) and recipe.heal_lr and recipe.heals and not recipe.learns:
         return (
             f"--lr {recipe.lr:g} is for what stands in, and --replace {recipe.replace} trains nothing; give --heal-lr "
             "instead"
@@ -108,7 +108,8 @@ def rate_of_nothing(recipe: Recipe) -> str | None:
 
 
 def best_of_what(recipe: Recipe) -> str | None:
-    if recipe.init == "best" and recipe.replace not in ONE_OF_ITS_OWN:
+    trained = not solvable(recipe.replace) and recipe.replace not in ("none", "merged")
+    if recipe.init == "best" and trained and recipe.replace not in ONE_OF_ITS_OWN:
         return (
             f"--init best is for one layer of the model's own, and --replace is {recipe.replace}; use --init "
             "inherited or random, or --replace layer or mlp"
@@ -117,13 +118,23 @@ def best_of_what(recipe: Recipe) -> str | None:
 
 
 def nothing_to_train(recipe: Recipe) -> str | None:
+    given = asked_for(recipe, ["init", "epochs"])
+    if (recipe.solved or recipe.replace == "merged") and given:
+        how = "solved for in one pass" if recipe.solved else "made of the window's weights"
+        return f"--replace {recipe.replace} is {how}, not trained: leave out {' and '.join(given)}"
+    if recipe.replace == "none" and "--init" in given:
+        return f"--init {recipe.init} is for what stands in, and --replace none puts nothing there; leave it out"
+    return None
+
+
+def without_effect(recipe: Recipe) -> str | None:
+    """What was given and changes nothing, as no stand-in trains; it may be one file for several ways to replace."""
     if recipe.learns and not recipe.solved:
         return None
-    moot = ["init"] if recipe.solved else ["init", "loss"]
-    given = asked_for(recipe, moot if recipe.heals else [*moot, *TRAINING])
-    how = "is solved for, not trained" if recipe.solved else "puts nothing there that could train"
-    how = "is made of the window's weights, not trained" if recipe.replace == "merged" else how
-    return f"--replace {recipe.replace} {how}: leave out {' and '.join(given)}" if given else None
+    loss = [] if recipe.solved else ["loss"]
+    given = asked_for(recipe, loss if recipe.heals else [*loss, *TRAINING])
+    also = "; healing has a --heal-loss" if recipe.heals else ""
+    return f"without effect with --replace {recipe.replace}: {', '.join(given)}{also}" if given else None
 
 
 def start_of_a_map(recipe: Recipe) -> str | None:

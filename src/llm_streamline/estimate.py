@@ -156,7 +156,7 @@ def _ranking(sizes: Sizes, model: int, offloaded: bool) -> list[Stage]:
 
 def _scores(sizes: Sizes, model: int, offloaded: bool, after: int) -> Stage:
     tokens = max(sizes.block, min(sizes.forward, 2048, sizes.validation))
-    saved = 0 if offloaded else after * sizes.compute_bytes
+    saved = 0 if offloaded and not sizes.whole else after * sizes.compute_bytes
     logits = tokens * sizes.vocabulary * (sizes.compute_bytes + 8)
     memory = model + saved + _waiting(sizes, sizes.validation, offloaded)
     memory += max(passing(sizes, tokens, offloaded), logits)
@@ -274,7 +274,7 @@ def _copied(sizes: Sizes) -> int:
 def _verification(sizes: Sizes, model: int, offloaded: bool, after: int) -> int:
     """The process that checks, beside the one that waits for it."""
     waiting = model + sizes.trained * 6 + (sizes.outside * 8 if offloaded else _copied(sizes))
-    checked = sizes.outside * 4 + sizes.largest * 8 if offloaded else after * 4
+    checked = sizes.outside * 4 + sizes.largest * 8 if offloaded and not sizes.whole else after * 4
     return waiting + CHECKER + checked
 
 

@@ -232,7 +232,7 @@ def fit_linear(work: Workspace, plan: LayerPlan, folder: RunFolder, text: Callab
     say(f"{how} on {training.numel():,} tokens", quiet)
     mapping, fit = _solve(work, plan, training, work.recipe.loss_used)
     if fit.ridge is None:
-        say("no linear map lowers the validation loss; the model stays as merely cut.", quiet)
+        say("no linear map lowers the validation loss; the model is as merely cut.", quiet)
     if work.world.first:
         _keep(_weights(plan, mapping), fit, folder)
     return fit

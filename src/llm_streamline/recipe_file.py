@@ -44,14 +44,18 @@ def _loader() -> Any:
     return Loader
 
 
-def to_yaml(recipe: Recipe) -> str:
-    """Every field that has a value, or has lost the preset's, in the schema's order; reads back as an equal recipe."""
-    import yaml
-
+def as_values(recipe: Recipe) -> dict[str, Any]:
+    """Every field that has a value, or has lost the preset's, in the schema's order, as JSON has them."""
     preset = PRESETS.get(recipe.preset or "", {})  # whose values would come back where nothing is said
     values = recipe.model_dump(mode="json", by_alias=True).items()
-    kept = {key: value for key, value in values if value is not None or key in preset}
-    return yaml.safe_dump(kept, sort_keys=False)
+    return {key: value for key, value in values if value is not None or key in preset}
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The values of a recipe; reads back as an equal one."""
+    import yaml
+
+    return yaml.safe_dump(as_values(recipe), sort_keys=False)
 
 
 def changed_keys(old: Recipe, new: Recipe) -> list[str]:

@@ -14,6 +14,7 @@ from llm_streamline.assemble import assemble
 from llm_streamline.card import CARD, is_licence, origin, source_files, write_card
 from llm_streamline.chain import check_asked, check_then, kinds, links, make_lighter, standing
 from llm_streamline.comparison import CUT, SAVED
+from llm_streamline.conflicts import without_effect
 from llm_streamline.errors import Dismissed, UserError
 from llm_streamline.evaluation import CHAIN, EVALUATION, Chain, Evaluation, Lighter, ModelScore, Request, Result
 from llm_streamline.files import free_space, sha256
@@ -26,6 +27,7 @@ from llm_streamline.parallel import World
 from llm_streamline.progress import say
 from llm_streamline.ranking import RANKING, Ranking
 from llm_streamline.recipe import Recipe, Runtime
+from llm_streamline.recipe_file import as_values
 from llm_streamline.records import Fit, Fitted, Inputs, LayerPlan, Manifest, Scores, Similarity, Verification
 from llm_streamline.removal import check_request
 from llm_streamline.rounds import settle
@@ -146,6 +148,8 @@ def check_all(work: Workspace) -> None:
         raise UserError(
             f"--cache is for what stands in, and --replace {work.recipe.replace} trains none; leave it out."
         )
+    if unused := without_effect(work.recipe):
+        say(unused, work.runtime.quiet)
     check_training(work)
     check_healing(work)
     check_then(work)
@@ -202,7 +206,7 @@ def assemble_model(work: Workspace, trained: Trained, similarity: Similarity, fo
     parts = ModelParts(source, plan, replacement.requires_grad_(False), work.tokenizer, licences, room, healed)
     manifest = Manifest(
         command=work.runtime.command,
-        recipe=work.recipe.model_dump(mode="json", exclude_none=True, by_alias=True),
+        recipe=as_values(work.recipe),
         plan=plan,
         layer_map=plan.layer_map(),
         tensors={},

@@ -45,6 +45,7 @@ class Sizes:
     heal_logits: int
     healing: int  # tokens
     starting: int  # tokens that pass to find what training begins with
+    whole: bool  # the shortened model has code of its own, and is loaded whole
     started: bool  # by a map that is solved for, not by a layer of the model
     solved: int  # passes over the text by which it is had in closed form; 0 where it is trained
     above: int  # frozen layers that gradients pass on their way to the lowest stand-in, at most
@@ -100,6 +101,7 @@ def sizes_of(work: Workspace, offloaded: bool = False) -> Sizes:
         **_remembered(work, blocks // recipe.rounds),
         **_healing(work, blocks, tokens),
         starting=0 if offloaded and recipe.init is None and recipe.start == BEST else _starting(recipe, shape),
+        whole=recipe.network,
         started=recipe.start == SOLVED,
         solved=passes_to_solve(recipe.loss_used) + (recipe.replace == PATCH) if recipe.solved else 0,
         above=layers_above(recipe, shape.num_layers),

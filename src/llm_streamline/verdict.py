@@ -188,7 +188,12 @@ def notes(manifest: Manifest) -> list[str]:
             "MLP's output projection, at no cost in parameters or time."
         )
     if isinstance(fit, LinearFit) and fit.ridge is None:
-        found.append("No linear map lowered the loss on the validation part; the model is saved as merely cut.")
+        then = (
+            "the model is saved as merely cut"
+            if plan.heal == "none"
+            else "only healing has changed the merely cut model"
+        )
+        found.append(f"No linear map lowered the loss on the validation part; {then}.")
     if isinstance(fit, Fit) and fit.best_step == 0:
         found.append("Training did not improve the replacement; it is saved as it started.")
     if manifest.healing and manifest.healing.best_step == 0:
