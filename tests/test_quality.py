@@ -176,7 +176,7 @@ def test_rows_are_added_one_by_one_and_those_there_are_not_measured_again(llama_
     quality.add_rows(way)
     assert measured == [(None, 0), ("paper", 0), ("paper", 0), (None, 1), ("paper", 1)]
     row = read_row(tmp_path / "rows" / f"paper-2-1{SUFFIX}")
-    assert row["method"] == "paper" and row["asked"]["data"] == "text.jsonl" and row["asked"]["tokens"] == "500k"
+    assert row["method"] == "paper" and row["asked"]["data"] == "text.jsonl" and row["asked"]["tokens"] == "500000"
 
 
 @pytest.mark.parametrize(

@@ -170,7 +170,7 @@ def _start(sizes: Sizes, model: int, offloaded: bool) -> list[Stage]:
     tokens = max(sizes.block, sizes.forward // 2)
     memory = model + _waiting(sizes, sizes.calibration, offloaded)
     memory += max(passing(sizes, tokens, offloaded), tokens * sizes.vocabulary * (sizes.compute_bytes + 8))
-    if sizes.started:
+    if sizes.whole:  # a network begins with nothing that is looked for, but for a map
         memory = _closed_form(sizes, model, offloaded).memory
     return [Stage(name="start", on_device=True, memory=memory, disk=0, tokens=sizes.starting)]
 

@@ -46,7 +46,6 @@ class Sizes:
     healing: int  # tokens
     starting: int  # tokens that pass to find what training begins with
     whole: bool  # the shortened model has code of its own, and is loaded whole
-    started: bool  # by a map that is solved for, not by a layer of the model
     solved: int  # passes over the text by which it is had in closed form; 0 where it is trained
     above: int  # frozen layers that gradients pass on their way to the lowest stand-in, at most
     logits: int  # made at once for it; 0 where it looks at hidden states alone
@@ -100,9 +99,8 @@ def sizes_of(work: Workspace, offloaded: bool = False) -> Sizes:
         trained=(shape.network or layer) * (1 if recipe.replace == FOLDED else occupied),
         **_remembered(work, blocks // recipe.rounds),
         **_healing(work, blocks, tokens),
-        starting=0 if offloaded and recipe.init is None and recipe.start == BEST else _starting(recipe, shape),
+        starting=_starting(recipe, shape, offloaded),
         whole=recipe.network,
-        started=recipe.start == SOLVED,
         solved=passes_to_solve(recipe.loss_used) + (recipe.replace == PATCH) if recipe.solved else 0,
         above=layers_above(recipe, shape.num_layers),
         logits=min(chunk_positions(batch, vocabulary), block) * batch * vocabulary if looks_through else 0,
@@ -129,8 +127,10 @@ def _measured(recipe: Recipe) -> dict[str, int]:
     }
 
 
-def _starting(recipe: Recipe, shape: ModelShape) -> int:
+def _starting(recipe: Recipe, shape: ModelShape, offloaded: bool) -> int:
     """Each layer of the windows is tried alone in their place; or a map is solved for, once."""
+    if offloaded and recipe.init is None and recipe.start == BEST:
+        return 0
     calibration, validation = _measured(recipe).values()
     if recipe.start == BEST:
         given = sum(len(window) for window in recipe.given)
