@@ -372,7 +372,7 @@ def test_the_estimate_counts_what_gradients_pass(recipe, tmp_path):
     assert alive_layers(given, 32) == 5 and layers_above(Recipe(model="m", loss="kl", window="3:6,8:11"), 32) == 23
 
     def stage(**values):
-        work = Workspace(recipe(loss="nmse", batch=2, **values), quiet(tmp_path))
+        work = Workspace(recipe(loss="nmse", batch=2, protect_last=0, **values), quiet(tmp_path))
         return {each.name: each for each in predict(sizes_of(work), False, False)}
 
     single, double = stage(), stage(windows=2)
