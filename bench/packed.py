@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import takewhile
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +34,12 @@ class Answer(NamedTuple):
 
     ppl: float
     log_likelihood: float
+
+
+def verdict(choices: Sequence[Answer], gold: int) -> list[Any]:
+    """The choices' PPL, and whether the lowest of them and the likeliest choice are the right one."""
+    ppl, likely = ([one[place] for one in choices] for place in (0, 1))
+    return [ppl, ppl.index(min(ppl)) == gold, likely.index(max(likely)) == gold]
 
 
 def shared_length(rows: Sequence[Row]) -> int:

@@ -26,9 +26,10 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from bench.depths import Peak
-from bench.packed import packable, packed_answers
+from bench.packed import packable, packed_answers, verdict
 from bench.rows import SUFFIX, read_row, write_row
 from llm_streamline import compress, run, selection
+from llm_streamline.answers import Item
 from llm_streamline.checkpoint import Source, context_length, load_config, load_model, load_tokenizer
 from llm_streamline.errors import UserError
 from llm_streamline.families import layers_of
@@ -39,7 +40,7 @@ from llm_streamline.quantities import parse_count
 from llm_streamline.recipe import Recipe, Runtime
 from llm_streamline.records import Fit, runs_of
 from llm_streamline.scoring.perplexity import token_losses
-from llm_streamline.scoring.questions import answers, encode, read_questions
+from llm_streamline.scoring.questions import Question, Row, answers, encode, read_questions
 from llm_streamline.scoring.texts import read_text, windows
 
 DENSE = "dense"
@@ -147,14 +148,24 @@ class Judge:
 
     def _items(self, model: PreTrainedModel) -> list[list[Any]]:
         """Per question its choices' PPL, and whether stability and accuracy call it right."""
-        if len(self._questions) < MANY or not all(map(packable, self._rows)):
-            items = answers(model, self._questions, self._rows, "questions", quiet=True) if self._questions else []
-            return [[item.ppl, item.right, bool(item.likeliest_right)] for item in items]
-        found = []
-        for question, own in zip(self._questions, packed_answers(model, self._rows), strict=True):
-            ppl, likely = ([one[place] for one in own] for place in (0, 1))
-            found.append([ppl, ppl.index(min(ppl)) == question.gold, likely.index(max(likely)) == question.gold])
-        return found
+        many = len(self._questions) >= MANY
+        together = [many and packable(rows) for rows in self._rows]
+        alone = self._asked(together, False)
+        items = iter(answers(model, *alone, "questions", quiet=True) if alone[0] else [])
+        questions, rows = self._asked(together, True)
+        packed = iter(
+            verdict(own, question.gold) for question, own in zip(questions, packed_answers(model, rows), strict=True)
+        )
+        return [next(packed) if shared else _judged(next(items)) for shared in together]
+
+    def _asked(self, together: list[bool], wanted: bool) -> tuple[list[Question], list[list[Row]]]:
+        """The questions, with their rows, of which the choices share a forward, or do not."""
+        places = [place for place, shared in enumerate(together) if shared == wanted]
+        return [self._questions[place] for place in places], [self._rows[place] for place in places]
+
+
+def _judged(item: Item) -> list[Any]:
+    return [item.ppl, item.right, bool(item.likeliest_right)]
 
 
 def shortened(values: dict[str, Any], scratch: Path, judge: Judge) -> dict[str, Any]:

@@ -217,6 +217,7 @@ def test_choices_that_share_a_forward_are_answered_as_alone(name, tmp_path, monk
         {"id": 0, "query": "one two three", "choices": ["four", "five six", "three two one", "five"], "gold": 1},
         {"id": 1, "query": "a", "choices": ["b c d e", "c"], "gold": 0},
         {"id": 2, "query": "x y z x y z x y", "choices": ["z", "y", "x x"], "gold": 2},
+        {"id": 3, "query": " ".join(["a", "b"] * 100), "choices": ["c", "d " * 9, "e"], "gold": 0},  # cut at the front
     ]
     path.write_text("".join(json.dumps(one) + "\n" for one in asked), encoding="utf-8")
     monkeypatch.setattr(quality, "multiplies_bfloat16", lambda device: False)  # which rounds by shapes
