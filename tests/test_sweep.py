@@ -12,7 +12,7 @@ from llm_streamline.files import remove
 from llm_streamline.lock import run_lock
 from llm_streamline.recipe import Recipe, Runtime
 from llm_streamline.sweep import _place, plans, sweep
-from llm_streamline.sweep_figure import panels
+from llm_streamline.sweep_figure import PANELS, panels
 from tests import tiny
 from tests.evaluations import model, stability, task
 
@@ -62,8 +62,11 @@ def test_answers_are_shown_where_there_are_some(recipe, tmp_path, monkeypatch):
     questions = tmp_path / "some.jsonl"
     rows = [{"id": n, "query": f"a {n}", "choices": ["b", "c d"], "gold": n % 2} for n in range(12)]
     questions.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    found = sweep(recipe, runtime(tmp_path / "out", tasks=(str(questions),)))
-    assert {"accuracy", "stability", "held-out perplexity"} <= set(panels(found))
+    same = str(tiny.make_folder(tmp_path / "same", "llama"))
+    found = sweep(recipe, runtime(tmp_path / "out", tasks=(str(questions),), beside=(same,)))
+    (other,) = found.beside
+    assert (other.accuracy, other.stability) == (found.dense.accuracy, 1) and other.decode > 0
+    assert set(panels(found)) == set(PANELS)
     for one in found.points:
         low, high = one.accuracy_interval
         assert low < one.accuracy < high and one.stability_interval[0] <= one.stability
