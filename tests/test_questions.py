@@ -12,7 +12,7 @@ import torch
 from llm_streamline.errors import UserError
 from llm_streamline.scoring.evaluator import task_score
 from llm_streamline.scoring.items import read_items
-from llm_streamline.scoring.perplexity import batches
+from llm_streamline.scoring.perplexity import batches, token_losses
 from llm_streamline.scoring.questions import Question, answers, encode, read_questions
 from tests import tiny
 
@@ -75,6 +75,12 @@ def test_batches_hold_every_row_once_the_longest_first():
     lengths = [3, 900, 5, 1200, 2]
     assert list(batches(lengths, 2)) == [[3, 1], [2, 0], [4]]
     assert list(batches(lengths, None)) == [[3], [1, 2], [0, 4]]
+
+
+def test_what_is_kept_of_every_row_lies_in_one_tensor(model):
+    kept = token_losses(model, [[1, 2, 3], [4, 7, 8, 9], [5, 6]], 1, lambda done: None)
+    assert [len(one) for one in kept] == [2, 3, 1]
+    assert len({one.untyped_storage().data_ptr() for one in kept}) == 1, "else thousands tear the heap"
 
 
 def test_the_two_measures_are_of_different_texts_and_may_differ():
