@@ -1,4 +1,4 @@
-"""Losses of many questions' choices where the choices of one share a forward of their query: a third of the time.
+"""Answers to many questions where the choices of one share a forward of their query: half the time.
 
 A question's choices follow its query in one sequence, and none sees another (a mask of four dimensions, which layers
 with attention over all tokens take). Tests hold it against `scoring.questions.answers`.
@@ -8,38 +8,45 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import takewhile
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
+from llm_streamline.answers import Item
 from llm_streamline.scoring.perplexity import FORWARD_TOKENS
-from llm_streamline.scoring.questions import Row
+from llm_streamline.scoring.questions import Question, Row, item_of
 
 
 class Packed(NamedTuple):
-    """A query's tokens and what each choice adds; token by token its place in the text and the choice it is of."""
+    """The tokens that all choices' texts begin with, and those that each adds."""
 
     shared: list[int]
     added: list[list[int]]
-    ids: list[int]
-    places: list[int]
-    choices: list[int]  # 0 for the query
 
+    @classmethod
+    def of(cls, rows: Sequence[Row]) -> Packed:
+        length = shared_length(rows)
+        return cls(rows[0].ids[:length], [row.ids[length:] for row in rows])
 
-class Answer(NamedTuple):
-    """The mean loss of query and choice in nats per token, and the choice's log-likelihood."""
+    def laid_out(self) -> Tensor:
+        """(T, 3): ids, the place of each in its text, and the choice it is of, 0 for what is shared."""
+        length = len(self.shared)
+        parts = [(self.shared, 0, 0), *((own[:-1], length, number) for number, own in enumerate(self.added, start=1))]
+        return torch.tensor([(token, start + at, of) for ids, start, of in parts for at, token in enumerate(ids)])
 
-    ppl: float
-    log_likelihood: float
-
-
-def verdict(choices: Sequence[Answer], gold: int) -> list[Any]:
-    """The choices' PPL, and whether the lowest of them and the likeliest choice are the right one."""
-    ppl, likely = ([one[place] for one in choices] for place in (0, 1))
-    return [ppl, ppl.index(min(ppl)) == gold, likely.index(max(likely)) == gold]
+    def losses(self, logits: Tensor) -> list[Tensor]:
+        """Per choice those of all tokens of its text but the first, in nats, from logits (T, V)."""
+        start = length = len(self.shared)
+        found, before = [], cross_entropy(logits[: length - 1], torch.tensor(self.shared[1:]), reduction="none")
+        for own in self.added:
+            told = torch.cat([logits[length - 1 : length], logits[start : start + len(own) - 1]])
+            found.append(torch.cat([before, cross_entropy(told, torch.tensor(own), reduction="none")]))
+            start += len(own) - 1
+        return found
 
 
 def shared_length(rows: Sequence[Row]) -> int:
@@ -54,57 +61,28 @@ def packable(rows: Sequence[Row]) -> bool:
     return shared_length(rows) > 1 and not any(row.cut for row in rows)
 
 
-def pack(rows: Sequence[Row]) -> Packed:
-    texts, length = [row.ids for row in rows], shared_length(rows)
-    shared, added = texts[0][:length], [ids[length:] for ids in texts]
-    ids, places, choices = list(shared), list(range(length)), [0] * length
-    for number, own in enumerate(added, start=1):
-        ids += own[:-1]
-        places += range(length, length + len(own) - 1)
-        choices += [number] * (len(own) - 1)
-    return Packed(shared, added, ids, places, choices)
-
-
 @torch.no_grad()
-def packed_answers(model: PreTrainedModel, questions: Sequence[Sequence[Row]]) -> list[list[Answer]]:
-    """Per question and choice what stability and accuracy look at."""
-    packs = [pack(rows) for rows in questions]
-    order = sorted(range(len(packs)), key=lambda number: len(packs[number].ids))
-    found: dict[int, list[Answer]] = {}
+def packed_answers(
+    model: PreTrainedModel, questions: Sequence[Question], rows: Sequence[Sequence[Row]], task: str
+) -> list[Item]:
+    """As `scoring.questions.answers`, of questions that are packable. Items are made at once: see `token_losses`."""
+    packs = [Packed.of(own) for own in rows]
+    laid = [pack.laid_out() for pack in packs]
+    order = sorted(range(len(packs)), key=lambda number: len(laid[number]))
+    found: dict[int, Item] = {}
     while order:
-        count = max(1, FORWARD_TOKENS // len(packs[order[-1]].ids))
+        count = max(1, FORWARD_TOKENS // len(laid[order[-1]]))
         taken, order = order[-count:], order[:-count]
-        some = [packs[number] for number in taken]
-        for number, one, logits in zip(taken, some, _forward(model, some).float(), strict=True):
-            found[number] = [
-                _answer(losses, row) for losses, row in zip(_losses(one, logits), questions[number], strict=True)
-            ]
+        for number, logits in zip(taken, _forward(model, [laid[number] for number in taken]).float(), strict=True):
+            found[number] = item_of(questions[number], rows[number], packs[number].losses(logits), task)
     return [found[number] for number in range(len(packs))]
 
 
-def _answer(losses: Tensor, row: Row) -> Answer:
-    return Answer(float(losses.double().mean()), -float(losses[-row.choice :].double().sum()))
-
-
-def _forward(model: PreTrainedModel, some: Sequence[Packed]) -> Tensor:
+def _forward(model: PreTrainedModel, laid: Sequence[Tensor]) -> Tensor:
     """Logits (B, T, V) of sequences padded on the right; what pads sees itself alone."""
-    ids, places = (
-        pad_sequence([torch.tensor(own) for own in part], True)
-        for part in ([p.ids for p in some], [p.places for p in some])
-    )
-    choices = pad_sequence([torch.tensor(one.choices) for one in some], True, padding_value=-1)
+    ids, places, choices = pad_sequence(list(laid), True, padding_value=-1).unbind(dim=-1)
     of, by = choices[:, None, :], choices[:, :, None]
     seen = ((of == 0) | (of == by)) & torch.ones(ids.shape[1], ids.shape[1]).tril().bool()
     seen |= torch.eye(ids.shape[1]).bool()
+    ids, places = ids.clamp_min(0), places.clamp_min(0)
     return model(input_ids=ids, position_ids=places, attention_mask=seen[:, None], use_cache=False).logits
-
-
-def _losses(one: Packed, logits: Tensor) -> list[Tensor]:
-    length, losses = len(one.shared), []
-    query = torch.nn.functional.cross_entropy(logits[: length - 1], torch.tensor(one.shared[1:]), reduction="none")
-    start = length
-    for own in one.added:
-        told = torch.cat([logits[length - 1 : length], logits[start : start + len(own) - 1]])
-        losses.append(torch.cat([query, torch.nn.functional.cross_entropy(told, torch.tensor(own), reduction="none")]))
-        start += len(own) - 1
-    return losses

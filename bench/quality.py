@@ -26,10 +26,9 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from bench.depths import Peak
-from bench.packed import packable, packed_answers, verdict
+from bench.packed import packable, packed_answers
 from bench.rows import SUFFIX, read_row, write_row
 from llm_streamline import compress, run, selection
-from llm_streamline.answers import Item
 from llm_streamline.checkpoint import Source, context_length, load_config, load_model, load_tokenizer
 from llm_streamline.errors import UserError
 from llm_streamline.families import layers_of
@@ -60,11 +59,8 @@ METHODS: dict[str, dict[str, Any]] = {  # what of a recipe each sets; the tokens
     **{name: {"preset": name} for name in ("replaceme", "replaceme-cosine")},
     **{name: {"preset": name, "custom_code": True} for name in ("linearpatch", "linearpatch-kl", "ghost")},
 }
-BETWEEN = (
-    "linearpatch",
-    "linearpatch-kl",
-    "ghost",
-)  # of which the map lies between two layers: it is to be no layer that is kept
+# of which the map lies between two layers: it is to be no layer that is kept
+BETWEEN = ("linearpatch", "linearpatch-kl", "ghost")
 
 
 def given(text: str) -> tuple[str, dict[str, Any]]:
@@ -150,22 +146,18 @@ class Judge:
         """Per question its choices' PPL, and whether stability and accuracy call it right."""
         many = len(self._questions) >= MANY
         together = [many and packable(rows) for rows in self._rows]
-        alone = self._asked(together, False)
-        items = iter(answers(model, *alone, "questions", quiet=True) if alone[0] else [])
-        questions, rows = self._asked(together, True)
-        packed = iter(
-            verdict(own, question.gold) for question, own in zip(questions, packed_answers(model, rows), strict=True)
-        )
-        return [next(packed) if shared else _judged(next(items)) for shared in together]
+        alone, packed = (self._asked(together, wanted) for wanted in (False, True))
+        items = {
+            False: iter(answers(model, *alone, "questions", quiet=True) if alone[0] else ()),
+            True: iter(packed_answers(model, *packed, "questions")),
+        }
+        found = [next(items[shared]) for shared in together]
+        return [[item.ppl, item.right, bool(item.likeliest_right)] for item in found]
 
     def _asked(self, together: list[bool], wanted: bool) -> tuple[list[Question], list[list[Row]]]:
         """The questions, with their rows, of which the choices share a forward, or do not."""
         places = [place for place, shared in enumerate(together) if shared == wanted]
         return [self._questions[place] for place in places], [self._rows[place] for place in places]
-
-
-def _judged(item: Item) -> list[Any]:
-    return [item.ppl, item.right, bool(item.likeliest_right)]
 
 
 def shortened(values: dict[str, Any], scratch: Path, judge: Judge) -> dict[str, Any]:
@@ -206,8 +198,8 @@ class Wanted(NamedTuple):
 
     def check(self) -> None:
         """Stop where the file is there and is of something else."""
-        there = read_row(self.file).get("asked", self.asked())
         asked = self.asked()
+        there = read_row(self.file).get("asked", asked)
         if differs := sorted(key for key in asked.keys() | there.keys() if there.get(key) != asked.get(key)):
             sys.exit(f"{self.file} was measured with another {', '.join(differs)}; give another folder for the rows.")
 

@@ -200,6 +200,7 @@ def test_looking_for_a_start_takes_a_pass_for_each_layer_of_the_windows(llama_fo
     assert tokens() == 3 * 3200 and tokens(window="1:3,4:6") == 4 * 3200  # net two of six layers, and one stands in
     free = {"replace": "linear:free", "loss": "kl", "custom_code": True}
     assert tokens(**free) == 3200 + sizes_of(workspace(llama_folder, **free)).validation
+    assert tokens(**{**free, "replace": "linear:patch"}) == 3200, "which chooses no ridge"
     for given in ({"init": "inherited"}, {**free, "loss": "mse"}, {"replace": "none"}):
         assert "start" not in stages(workspace(llama_folder, **given))
     assert not sizes_of(workspace(llama_folder), offloaded=True).starting, "it is not looked for then"

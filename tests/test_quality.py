@@ -196,7 +196,7 @@ def test_rows_of_a_second_budget_lie_beside(tmp_path):
     assert [(one.tokens, one.rows.name) for one in found] == [("500k", "rows"), ("5k", "rows-5k")]
 
 
-def test_questions_are_of_every_piece_and_its_wrong_choices_of_other_documents(tmp_path, monkeypatch):
+def test_questions_are_of_every_piece_and_its_wrong_choices_of_other_documents(tmp_path):
     words = {name: [f"{name}{number}" for number in range(130)] for name in "abcd"}
     text = tmp_path / "text.jsonl"
     text.write_text("".join(json.dumps({"text": " ".join(own)}) + "\n" for own in words.values()), encoding="utf-8")

@@ -153,11 +153,8 @@ def test_batches_and_windows_in_turn_change_nothing(monkeypatch):
 
 
 def test_only_the_layers_above_a_window_run_again():
-    model, windows, passes = (
-        tiny.make_model("llama"),
-        [Window(start=start, stop=start + 2) for start in range(1, 4)],
-        [],
-    )
+    model, passes = tiny.make_model("llama"), []
+    windows = [Window(start=start, stop=start + 2) for start in range(1, 4)]
     for layer in layers_of(model):
         layer.register_forward_hook(lambda *_: passes.append(1))
     rank(model, tiny.random_ids(4, 16), 2, windows, "loss", quiet=True)

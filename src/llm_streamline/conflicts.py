@@ -16,9 +16,8 @@ from llm_streamline.replace import ONE_OF_ITS_OWN, solvable
 if TYPE_CHECKING:
     from llm_streamline.recipe import Recipe
 
-TRAINING = (  # which are nothing to a run in which nothing trains
-    *("epochs", "batch", "accumulate", "optimizer", "lr", "min_lr", "weight_decay", "warmup", "clip"),
-)
+# what is nothing to a run in which nothing trains
+TRAINING = ("epochs", "batch", "accumulate", "optimizer", "lr", "min_lr", "weight_decay", "warmup", "clip")
 
 
 def several_targets(recipe: Recipe) -> str | None:

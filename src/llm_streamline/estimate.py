@@ -167,11 +167,12 @@ def _start(sizes: Sizes, model: int, offloaded: bool) -> list[Stage]:
     """What training begins with: layers tried in the window's place up to the logits, or a map that is solved for."""
     if not sizes.starting:
         return []
-    tokens = max(sizes.block, sizes.forward // 2)
-    memory = model + _waiting(sizes, sizes.calibration, offloaded)
-    memory += max(passing(sizes, tokens, offloaded), tokens * sizes.vocabulary * (sizes.compute_bytes + 8))
-    if sizes.whole:  # a network begins with nothing that is looked for, but for a map
+    if sizes.whole:  # of networks only a map begins with something that is looked for
         memory = _closed_form(sizes, model, offloaded).memory
+    else:
+        tokens = max(sizes.block, sizes.forward // 2)
+        logits = tokens * sizes.vocabulary * (sizes.compute_bytes + 8)
+        memory = model + _waiting(sizes, sizes.calibration, offloaded) + max(passing(sizes, tokens, offloaded), logits)
     return [Stage(name="start", on_device=True, memory=memory, disk=0, tokens=sizes.starting)]
 
 

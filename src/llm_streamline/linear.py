@@ -206,17 +206,20 @@ def solve_window(
 def solved_start(work: Workspace, plan: LayerPlan) -> dict[str, Tensor]:
     """What a map that is to be trained begins as: its closed form on the calibration part. All processes take part."""
     work.share()
-    mapping, fit = _solve(work, plan, work.parts.calibration, STATES_ONLY)
-    begun = "its closed form" if fit.ridge is not None else "the identity, which no linear map is better than,"
-    say(f"the map begins as {begun} on {fit.tokens:,} tokens", work.runtime.quiet)
+    blocks, begun = work.parts.calibration, "its closed form"
+    model, reading = work.world.attempt(lambda: work.model), _reading(work, plan, STATES_ONLY)
+    if reading.patch:
+        mapping = patch_map(window_magnitudes(model, plan.window, blocks, reading, work.world))
+    else:
+        mapping, fit = solve_window(model, plan.window, blocks, work.parts.validation, reading, work.world)
+        begun = begun if fit.ridge is not None else "the identity, which no linear map is better than,"
+    say(f"the map begins as {begun} on {blocks.numel():,} tokens", work.runtime.quiet)
     return _weights(plan, mapping)
 
 
-def _solve(work: Workspace, plan: LayerPlan, blocks: Tensor, loss: str) -> tuple[Tensor, LinearFit]:
+def _reading(work: Workspace, plan: LayerPlan, loss: str) -> Reading:
     folded, patch, batch = plan.folded is not None, plan.replace == PATCH, work.batch(FORWARD_TOKENS)
-    reading = Reading(folded, loss, batch, work.bfloat16, work.runtime.quiet, patch)
-    model = work.world.attempt(lambda: work.model)
-    return solve_window(model, plan.window, blocks, work.parts.validation, reading, work.world)
+    return Reading(folded, loss, batch, work.bfloat16, work.runtime.quiet, patch)
 
 
 def fit_linear(work: Workspace, plan: LayerPlan, folder: RunFolder, text: Callable[[], Tensor]) -> LinearFit:
@@ -230,7 +233,8 @@ def fit_linear(work: Workspace, plan: LayerPlan, folder: RunFolder, text: Callab
     training, quiet = text(), work.runtime.quiet
     how = "measuring a patch" if plan.replace == PATCH else "solving for a linear map"
     say(f"{how} on {training.numel():,} tokens", quiet)
-    mapping, fit = _solve(work, plan, training, work.recipe.loss_used)
+    model, reading = work.world.attempt(lambda: work.model), _reading(work, plan, work.recipe.loss_used)
+    mapping, fit = solve_window(model, plan.window, training, work.parts.validation, reading, work.world)
     if fit.ridge is None:
         say("no linear map lowers the validation loss; the model is as merely cut.", quiet)
     if work.world.first:

@@ -135,8 +135,9 @@ def _starting(recipe: Recipe, shape: ModelShape, offloaded: bool) -> int:
     if recipe.start == BEST:
         given = sum(len(window) for window in recipe.given)
         return (given or net_layers(recipe, shape) + recipe.occupied) * calibration
-    reads = 2 if recipe.replace == PATCH else 1  # for magnitudes, besides moments
-    return reads * calibration + validation if recipe.start == SOLVED and not recipe.solved else 0
+    if recipe.start != SOLVED or recipe.solved:
+        return 0
+    return calibration + (0 if recipe.replace == PATCH else validation)  # by which a ridge is chosen
 
 
 def _remembered(work: Workspace, sequences: int) -> dict[str, int]:

@@ -25,8 +25,8 @@ def with_starts(work: Workspace, plan: LayerPlan, before: LayerPlan | None = Non
         why = "as the model does not fit in memory; --init best looks for the best one anyway"
         say(f"the replacement begins as its window's first layer, {why}", work.runtime.quiet)
         return plan
-    known = dict(zip(map(str, before.windows), before.starts, strict=False)) if before else {}
-    starts = [known[str(one)] if str(one) in known else best_start(work, one) for one in plan.windows]
+    known = dict(zip(before.windows, before.starts, strict=False)) if before else {}
+    starts = [known[one] if one in known else best_start(work, one) for one in plan.windows]
     return plan.model_copy(update={"starts": starts})
 
 

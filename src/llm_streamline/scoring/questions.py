@@ -154,12 +154,13 @@ def answers(
     with progress(f"questions of {task}", len(flat), quiet) as advance:
         losses = iter(token_losses(model, [row.ids for row in flat], batch, lambda done: advance(done, "choices")))
     return [
-        _item(question, some, list(islice(losses, len(some))), task)
+        item_of(question, some, list(islice(losses, len(some))), task)
         for question, some in zip(questions, rows, strict=True)
     ]
 
 
-def _item(question: Question, rows: Sequence[Row], losses: Sequence[Tensor], task: str) -> Item:
+def item_of(question: Question, rows: Sequence[Row], losses: Sequence[Tensor], task: str) -> Item:
+    """From each choice's row the losses of all its tokens but the first, in nats."""
     ppl = [float(loss.double().mean()) for loss in losses]
     return Item(
         task=task,
