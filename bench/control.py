@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from bench.quality import Judge, budgets, flags
+from bench.quality import Judge, flags, leagues
 from bench.rows import SUFFIX, write_row
 from llm_streamline.checkpoint import Source, load_model
 from llm_streamline.forward import substituted
@@ -79,7 +79,7 @@ def add_controls(options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    for options in budgets(flags(__doc__).parse_args()):
+    for options in leagues(flags(__doc__).parse_args()):
         add_controls(options)
 
 

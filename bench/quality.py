@@ -4,8 +4,9 @@
     [--methods NAME ...] [--remove 25% 42%] [--seeds 0 1 2] [--tokens 500k 50k]`
 
 adds to the folder ROWS what is not there yet, one file per row, so that it can be stopped at any time, and says how
-long the rest will take by the rows that are there (those of a second budget lie in ROWS-50k); with OMP_NUM_THREADS=1
-one for each core, with other --seeds each;
+long the rest will take by the rows that are there (those of a second budget lie in ROWS-50k; of several models, each
+with its own text and questions in the same order, in ROWS/NAME); with OMP_NUM_THREADS=1 one for each core, with other
+--seeds each;
 `python -m bench.quality_table ROWS` prints what has come in. Rows that have been measured lie in `bench/measured`.
 Without --heldout a row is judged on the validation part of the training text alone, which is what settings are chosen
 by.
@@ -104,7 +105,7 @@ def remember() -> None:
 
     def ranked(model: Any, blocks: Any, batch: int, windows: Any, by: str, *_: Any) -> Any:
         free = not any(layer._forward_hooks for layer in layers_of(model))  # else some layers stand aside
-        return (blocks.numpy().tobytes(), tuple(map(str, windows)), by) if free else object()
+        return (model.name_or_path, blocks.numpy().tobytes(), tuple(map(str, windows)), by) if free else object()
 
     selection.rank = Remembered(selection.rank, ranked)  # type: ignore[assignment]
 
@@ -211,6 +212,27 @@ def budgets(options: argparse.Namespace) -> Iterator[argparse.Namespace]:
         yield argparse.Namespace(**{**vars(options), "tokens": tokens, "rows": rows})
 
 
+def models(options: argparse.Namespace) -> Iterator[argparse.Namespace]:
+    """The options for each model alone, with its own text; of several models the rows lie in ROWS/NAME."""
+    own, count = ("data", "heldout", "questions"), len(options.model)
+    names = [Path(model).name for model in options.model]
+    if len(set(names)) < count:
+        sys.exit(f"--model {' '.join(options.model)}: two have the same name; rows are kept by names, so give others.")
+    for key in own:
+        if len(getattr(options, key) or [None] * count) != count:
+            sys.exit(f"--{key} has to be given once for each of the {count} models, in their order.")
+    for number, (model, name) in enumerate(zip(options.model, names, strict=True)):
+        texts = {key: getattr(options, key)[number] if getattr(options, key) else None for key in own}
+        rows = options.rows / name if count > 1 else options.rows
+        yield argparse.Namespace(**{**vars(options), **texts, "model": model, "rows": rows})
+
+
+def leagues(options: argparse.Namespace) -> Iterator[argparse.Namespace]:
+    """The options for each model with each budget."""
+    for one in models(options):
+        yield from budgets(one)
+
+
 def missing(options: argparse.Namespace) -> list[Wanted]:
     """The rows that were asked for and are not there, all methods of one seed and share in a row."""
     found, layers = [], load_config(Source(options.model)).num_hidden_layers
@@ -265,10 +287,10 @@ def add_rows(options: argparse.Namespace) -> None:
 def flags(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", type=Path)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--heldout", type=Path)
-    parser.add_argument("--questions", type=Path)
+    parser.add_argument("--model", nargs="+", required=True)
+    parser.add_argument("--data", nargs="+", required=True)
+    parser.add_argument("--heldout", nargs="+", type=Path)
+    parser.add_argument("--questions", nargs="+", type=Path)
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--remove", nargs="+", default=["25%", "42%"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
@@ -277,7 +299,7 @@ def flags(description: str | None) -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    for options in budgets(flags(__doc__).parse_args()):
+    for options in leagues(flags(__doc__).parse_args()):
         add_rows(options)
 
 

@@ -196,6 +196,49 @@ def test_rows_of_a_second_budget_lie_beside(tmp_path):
     assert [(one.tokens, one.rows.name) for one in found] == [("500k", "rows"), ("5k", "rows-5k")]
 
 
+def several(tmp_path, *words):
+    given = ["rows", "--model", "a/one", "b/two", "--tokens", "5k", "50k", "--data", *words]
+    return list(quality.leagues(quality.flags(None).parse_args(given)))
+
+
+def test_each_model_has_its_own_text_and_rows_for_each_budget(tmp_path):
+    found = several(tmp_path, "a.jsonl", "b.jsonl", "--heldout", "c.jsonl", "d.jsonl")
+    assert [(one.model, one.tokens, str(one.rows)) for one in found] == [
+        (model, tokens, f"rows/{model[2:]}{more}")
+        for model in ("a/one", "b/two")
+        for tokens, more in (("5k", ""), ("50k", "-50k"))
+    ]
+    assert [(one.data, str(one.heldout), one.questions) for one in found[::2]] == [
+        ("a.jsonl", "c.jsonl", None),
+        ("b.jsonl", "d.jsonl", None),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["a.jsonl"], "--data has to be given once for each of the 2 models"),
+        (["a.jsonl", "b.jsonl", "--questions", "c.jsonl"], "--questions has to be"),
+        (["a.jsonl", "b.jsonl", "--model", "a/one", "b/one"], "two have the same name"),
+    ],
+)
+def test_texts_that_are_not_one_for_each_model_are_refused(tmp_path, words, told):
+    with pytest.raises(SystemExit, match=told):
+        several(tmp_path, *words)
+
+
+def test_a_ranking_is_of_one_model(llama_folder, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(quality.selection, "rank", lambda model, *_: asked.append(model.name_or_path))
+    monkeypatch.setattr(quality.run, "measure", quality.run.measure)
+    quality.remember()
+    model, blocks = load_model(Source(str(llama_folder)), torch.float32), torch.zeros(1, 4, dtype=torch.long)
+    for name in ("one", "one", "two"):
+        model.name_or_path = name
+        quality.selection.rank(model, blocks, 1, [], "loss")
+    assert asked == ["one", "two"]
+
+
 def test_questions_are_of_every_piece_and_its_wrong_choices_of_other_documents(tmp_path):
     words = {name: [f"{name}{number}" for number in range(130)] for name in "abcd"}
     text = tmp_path / "text.jsonl"
