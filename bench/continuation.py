@@ -1,4 +1,4 @@
-"""`python -m bench.continuation OUT.jsonl TEXT [TEXT ...]`: questions enough to tell methods apart that are close.
+"""Questions enough to tell methods apart that are close: `python -m bench.continuation OUT.jsonl TEXT [TEXT ...]`.
 
 Every 64 words of a text are one question, and no word is in two: which of four pieces of 14 words follows the 50? The
 wrong ones follow elsewhere, in three other documents of the same file, for what tells files apart is no question. A
@@ -7,6 +7,7 @@ text file that is one document falls apart at its titles (` = Title = `, as Wiki
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
 import re
@@ -59,12 +60,15 @@ def question(piece: Piece, others: list[Piece], draw: random.Random) -> dict[str
     return {"query": piece.query, "choices": choices, "gold": choices.index(piece.choice)}
 
 
-def main(out: str, *texts: str) -> None:
-    draw = random.Random(0)
-    found = [one for text in texts for one in questions(Path(text), draw)]
+def main(*words: str) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("texts", type=Path, nargs="+")
+    options, draw = parser.parse_args(words), random.Random(0)
+    found = [one for text in options.texts for one in questions(text, draw)]
     lines = [json.dumps({"id": number, **one}, ensure_ascii=False) for number, one in enumerate(found)]
-    Path(out).write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print(f"{out}: {len(lines)} questions")
+    options.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print(f"{options.out}: {len(lines)} questions")
 
 
 if __name__ == "__main__":

@@ -17,13 +17,16 @@ FAR = 4  # times the median at the largest budget: a method beyond that would fl
 
 
 def excesses(folders: dict[str, Path], remove: str) -> dict[str, dict[int, float]]:
-    """By method, by tokens: nats per held-out token over the dense model, the mean of the seeds that are there."""
+    """By method, by tokens: nats per held-out token over the dense model, the mean of the seeds that are there.
+
+    What has been measured at one of several budgets alone has no course, and is left out.
+    """
     found: dict[str, dict[int, float]] = {}
     for tokens, folder in folders.items():
         dense, rows = read(folder)
         for name, own in rows.get(remove, {}).items():
             found.setdefault(name, {})[parse_count(tokens)] = Compared(dense, own).excess()
-    return found
+    return {name: own for name, own in found.items() if len(own) >= min(2, len(folders))}
 
 
 def table(found: dict[str, dict[int, float]]) -> None:

@@ -124,6 +124,15 @@ def test_budgets_stand_beside_each_other_and_are_drawn(folder, tmp_path, capsys,
     assert figure.read_bytes().startswith(b"\x89PNG")
 
 
+def test_what_one_budget_alone_has_is_no_course(folder, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    for name in ("dense", "first-0"):
+        write_row(other / f"{name}{SUFFIX}", ROWS[name])
+    assert set(quality_tokens.excesses({"5k": other, "500k": folder}, "25%")) == {"default"}
+    assert "paper" in quality_tokens.excesses({"500k": folder}, "25%")
+
+
 def test_a_control_trains_a_layer_or_all_of_the_dense_model_and_removes_nothing(
     llama_folder, text_file, tmp_path, monkeypatch
 ):
