@@ -15,6 +15,8 @@ from llm_streamline import oracle, run, verdict
 from llm_streamline.errors import UserError
 from llm_streamline.estimate import predict
 from llm_streamline.heal import parse_heal
+from llm_streamline.preview import plan_only
+from llm_streamline.recipe import Runtime
 from llm_streamline.records import Manifest
 from llm_streamline.sizes import sizes_of
 from llm_streamline.student import student_of
@@ -46,6 +48,20 @@ def changed_layers(model, llama_folder) -> set[int]:
         elif int(number) in numbers and not torch.equal(value, source[f"model.layers.{numbers[int(number)]}.{rest}"]):
             changed.add(numbers[int(number)])
     return changed
+
+
+def test_a_heal_that_finds_stand_ins_alone_is_refused_before_training(recipe, tmp_path, monkeypatch):
+    ends = {**WAY, "window": "4:6", "protect_last": 0}  # the last layer of what is left is the replacement
+    monkeypatch.setattr(run, "train_replacement", None)
+    with pytest.raises(UserError, match="--heal last:1 finds no layer to train"):
+        run.compress(recipe(heal="last:1", **ends), quiet(tmp_path / "one"))
+    with pytest.raises(UserError, match="--heal last:1 finds no layer to train"):
+        plan_only(recipe(heal="last:1", **ends), Runtime(quiet=True))
+
+
+def test_the_head_alone_may_be_what_trains(recipe, tmp_path):
+    result = run.compress(recipe(heal="last:1+head", **{**WAY, "window": "4:6", "protect_last": 0}), quiet(tmp_path))
+    assert result.verification.passed and result.healing.trained_parameters > 0
 
 
 @pytest.mark.parametrize(

@@ -351,6 +351,7 @@ def test_analysis_ranks_where_a_removal_is_named(llama_folder, text_file, tmp_pa
     kept = Ranking.read(tmp_path / "ranked" / "ranking.json")
     assert {len(one.window) for one in kept.candidates} == {2} and kept.by == "patched"
     assert f"compress would take {kept.winner.window}" in out and f"{kept.candidates[0].kl.value:.4f}" in out
+    assert "…" not in out and out.count("*") >= 6, "of each score what it would take"
     assert not (tmp_path / "plain" / "ranking.json").exists()
     cli.main([*command, "-o", str(tmp_path / "ranked")])
     assert not (tmp_path / "ranked" / "ranking.json").exists(), "of a length that was not asked for"

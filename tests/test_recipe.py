@@ -69,10 +69,24 @@ def test_presets_of_other_methods(preset, values):
     losses = {"linearpatch": "nmse", "linearpatch-kl": "kl:100", "ghost": "mse"}
     wanted = {"replaceme": "mse", "replaceme-cosine": "cosine", **losses}.get(preset, LOSS)
     assert (recipe.replace, recipe.select, recipe.heal) == values
-    below = 1 if preset.startswith("replaceme") else 0  # a folded map needs a layer below its window
-    assert (recipe.protect_first, recipe.protect_last, recipe.init) == (below, 0, None)
+    inner = preset in ("sleb", "linearpatch", "linearpatch-kl", "ghost")  # neither end, as in their authors' code
+    below = int(inner or preset.startswith("replaceme"))  # a folded map needs a layer below its window
+    assert (recipe.protect_first, recipe.protect_last, recipe.init) == (below, int(inner), None)
     assert recipe.heal_loss == ("lm" if recipe.heals else None) and recipe.loss_used == wanted
     assert recipe.solved == (recipe.replace.startswith("linear") and preset != "linearpatch-kl")
+
+
+def test_rates_of_presets_never_change():
+    keys = ("optimizer", "lr", "min_lr", "weight_decay", "temperature", "heal_lr")
+    own = {name: {key: values[key] for key in keys if key in values} for name, values in PRESETS.items()}
+    paper = {"optimizer": "adamw", "lr": 2e-4, "min_lr": 5e-5, "weight_decay": 1e-3}
+    patch = {"optimizer": "adamw", "lr": 1e-4, "min_lr": 5e-6, "weight_decay": 1e-4, "temperature": 1.0}
+    others = {"lora": {"heal_lr": 2e-4}, "uidl": {"heal_lr": 3e-4}, "last-n-head": {"optimizer": "adamw"}}
+    assert {name: values for name, values in own.items() if values} == {
+        **{f"paper{kind}": paper for kind in ("", "-random", "-ffn", "-swiglu", "-none")},
+        **others,
+        "linearpatch-kl": patch,
+    }
 
 
 @pytest.mark.parametrize("preset", ["paper-ffn", "paper-swiglu"])
@@ -101,6 +115,7 @@ def test_layers_occupied():
 @pytest.mark.parametrize(
     ("values", "words"),
     [
+        ({"select": "last", "windows": 2, "replace": "none"}, "--select last takes the layers below the protected end"),
         ({"lerning_rate": 1}, "'lerning_rate' is not known; the nearest is"),
         ({"los": "mse"}, "'los' is not known; the nearest is 'loss'"),
         ({"replace": "mlpp"}, "--replace was given 'mlpp'.*none; layer"),

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from llm_streamline.recipe import Recipe, Runtime
     from llm_streamline.records import Record
 
-_WIDE = 160
+_WIDE = 400
 _LLAMA_CPP = "The folder of llama.cpp's source, whose converter writes GGUF. [default: $LLAMA_CPP, or the PATH]"
 
 
@@ -268,7 +268,7 @@ def _print(as_json: bool, record: Record | dict[str, Any] | list[dict[str, str]]
         return
     from rich.console import Console
 
-    width = None if sys.stdout.isatty() else _WIDE  # in a file or pipe nothing has to be cut off
+    width = None if sys.stdout.isatty() else _WIDE  # in a file or pipe nothing is to be cut off
     console = Console(highlight=False, soft_wrap=True, width=width)
     for line in lines:
         console.print(line, markup=False) if isinstance(line, str) else console.print(line)

@@ -57,6 +57,8 @@ def windows_and_rounds(recipe: Recipe) -> str | None:
 def one_window_alone(recipe: Recipe) -> str | None:
     if recipe.count > 1 and recipe.scattered:
         return f"--select {recipe.select} takes single layers, not windows; leave out --windows"
+    if recipe.count > 1 and recipe.select == "last":
+        return "--select last takes the layers below the protected end, which are one window; leave out --windows"
     if recipe.count > 1 and (recipe.solved or recipe.network):
         return (
             f"--replace {recipe.replace} stands in for one window, and {recipe.count} were asked for; use --replace "

@@ -19,7 +19,7 @@ _SHORT = {"output": "-o"}
 ONLY_COMPRESS = {
     *("window", "windows", "rounds", "init", "loss", "temperature", "tokens", "batch", "accumulate", "lr", "min_lr"),
     *("weight_decay", "warmup", "clip", "dtype", "preset", "dry_run", "tracker", "tasks", "checkpoint_every", "fresh"),
-    *("epochs", "cache", "optimizer", "beside", "then"),
+    *("epochs", "cache", "optimizer", "beside", "then", "heal", "heal_share", "heal_loss", "heal_lr"),
 }
 NOT_ESTIMATE = {"output", "dry_run", "tracker", "tasks", "checkpoint_every", "worker_timeout", "fresh"}
 NOT_ESTIMATE |= {"beside", "then", "seed", "lr", "min_lr", "clip", "warmup", "temperature"}

@@ -38,6 +38,16 @@ def check_healing(work: Workspace) -> None:
         )
 
 
+def check_heals(text: str, plan: LayerPlan) -> None:
+    """Before anything is trained. Errors: UserError where `--heal` would train stand-ins alone."""
+    wanted = parse_heal(text)
+    if not wanted or wanted.above or wanted.kind == "lora":
+        return
+    kept = (new for new, source in enumerate(plan.sources()) if source not in plan.gone)
+    if not any(wanted.whole(new, plan) for new in kept):
+        raise UserError(f"--heal {text} finds no layer to train among those that stay; give another, or none.")
+
+
 def heal(work: Workspace, plan: LayerPlan, folder: RunFolder) -> Fit | None:
     """`healed/` with the weights of what has trained and their Fit; None where nothing else was to train."""
     wanted = parse_heal(work.recipe.heal)

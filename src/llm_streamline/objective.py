@@ -105,12 +105,21 @@ def parse_objective(text: str) -> Objective:
     for piece in pieces:
         match = _SHARE.fullmatch(piece)
         if not match or not Fraction(match[2]):
-            raise ValueError(f"{piece!r} has no share between 0 and 1; write for example {piece or 'kl'}:0.5")
+            raise ValueError(f"{piece!r} has no share between 0 and 1; write for example {_named(piece)}:0.5")
         parts.append(_part(match[1]))
         ends.append(ends[-1] + Fraction(match[2]))
     if ends[-1] != WHOLE:
         raise ValueError(f"the shares add up to {float(ends[-1]):g}; they have to add up to 1")
     return Objective(tuple(parts), tuple(ends[1:]))
+
+
+def _named(piece: str) -> str:
+    """The loss that a part of a curriculum seems to name."""
+    try:
+        _part(piece)
+    except ValueError:
+        return piece.partition(":")[0] or "kl"
+    return piece
 
 
 def _part(text: str) -> Part:

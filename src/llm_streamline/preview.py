@@ -9,6 +9,7 @@ from llm_streamline import figures
 from llm_streamline.errors import Dismissed, UserError
 from llm_streamline.estimate import Estimate
 from llm_streamline.files import remove, remove_leftovers
+from llm_streamline.healing import check_heals
 from llm_streamline.lock import run_lock
 from llm_streamline.parallel import World
 from llm_streamline.probe import probe, timed
@@ -32,6 +33,7 @@ def plan_only(recipe: Recipe, runtime: Runtime) -> LayerPlan:
         world.alone(lambda: runtime.output and RunFolder.open(runtime.output, recipe, runtime.fresh))
         world.alone(lambda: check_all(work))
         plan = decide(work, measure(work))
+        check_heals(recipe.heal, plan)
         if recipe.rounds > 1:
             say(
                 f"the plan is of round 1 of {recipe.rounds}; the next windows are chosen once it is trained",
@@ -80,6 +82,8 @@ def ranking_of(work: Workspace, recipe: Recipe) -> Ranking | None:
     if not asks_for_windows(recipe):
         return None
     by = work.world.led(lambda: deciding(work, recipe))
+    if not by:
+        say("no windows are ranked by loss, as none is chosen by it", work.runtime.quiet)
     return by and ranked(work, recipe, by)
 
 

@@ -19,7 +19,7 @@ from llm_streamline.errors import Dismissed, UserError
 from llm_streamline.evaluation import CHAIN, EVALUATION, Chain, Evaluation, Lighter, ModelScore, Request, Result
 from llm_streamline.files import free_space, sha256
 from llm_streamline.forward import substituted
-from llm_streamline.healing import check_healing, heal, load_healed
+from llm_streamline.healing import check_healing, check_heals, heal, load_healed
 from llm_streamline.lock import run_lock
 from llm_streamline.oracle import MANIFEST, versions
 from llm_streamline.page import PAGE, write_evaluation_report, write_report
@@ -67,6 +67,7 @@ def compress(recipe: Recipe, runtime: Runtime | None = None) -> Result:
             similarity = folder.stage("similarity.json", Similarity, lambda: measure(work))
             folder.stage("inputs.json", Inputs, lambda: world.led(work.inputs))
             plan = folder.stage("plan.json", LayerPlan, lambda: settle(work, similarity, folder))
+            check_heals(recipe.heal, plan)
             say(describe(plan), work.runtime.quiet)
             world.alone(lambda: draw_choice(similarity, plan, folder))
             fit = train_replacement(work, plan, folder)
