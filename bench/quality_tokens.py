@@ -12,8 +12,9 @@ from statistics import median
 from bench.quality_table import Compared, read
 from llm_streamline.quantities import parse_count
 
-OURS = ("default", "healed")
-FAR = 4  # times the median at the largest budget: a method beyond that would flatten the others' lines
+OURS = {"default": "black", "healed": "crimson"}
+FAR = 1.75  # times the median at the largest budget: a method beyond that would flatten the others' lines
+TOP = 2  # times that median, of the figure
 
 
 def excesses(folders: dict[str, Path], remove: str) -> dict[str, dict[int, float]]:
@@ -46,10 +47,15 @@ def draw(found: dict[str, dict[int, float]], file: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(7.5, 4.4), layout="constrained")
     axes.set_prop_cycle(color=pyplot.colormaps["tab20"].colors)
     for name in sorted(set(last) - set(far), key=lambda name: -last[name]):
-        tokens, ours = sorted(found[name]), name in OURS
-        style = {"linewidth": 2.6, "marker": "o"} if ours else {"linewidth": 1.2, "marker": ".", "linestyle": "--"}
+        tokens, others = sorted(found[name]), {"linewidth": 1.2, "marker": ".", "linestyle": "--"}
+        style = {"linewidth": 2.6, "marker": "o", "color": OURS[name]} if name in OURS else others
         axes.plot(tokens, [found[name][one] for one in tokens], label=name, **style)
-    axes.set(xscale="log", ylim=(0, None), xlabel=_label(far, last), ylabel="excess loss, nats per held-out token")
+    axes.set(
+        xscale="log",
+        ylim=(0, TOP * median(last.values())),
+        xlabel=_label(far, last),
+        ylabel="excess loss, nats per held-out token",
+    )
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(file, dpi=110)
