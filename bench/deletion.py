@@ -9,7 +9,7 @@ from llm_streamline.families import layers_of
 from llm_streamline.rank import rank
 from llm_streamline.records import Window
 
-BATCH, BLOCKS, LENGTHS, BOUND = 8, 32, (2, 4, 6), 0.6
+BATCH, BLOCKS, LENGTHS, BOUND = 8, 32, (1, 2, 4, 6), 0.6
 
 
 def run(compute: str) -> list[Finding]:

@@ -21,6 +21,7 @@ from llm_streamline.records import Manifest
 from llm_streamline.sizes import sizes_of
 from llm_streamline.student import student_of
 from llm_streamline.train import Trainer
+from llm_streamline.training import check_training
 from llm_streamline.workspace import Workspace
 from tests.test_run import quiet, recipe, weights
 from tests.test_train import stopping
@@ -57,6 +58,14 @@ def test_a_heal_that_finds_stand_ins_alone_is_refused_before_training(recipe, tm
         run.compress(recipe(heal="last:1", **ends), quiet(tmp_path / "one"))
     with pytest.raises(UserError, match="--heal last:1 finds no layer to train"):
         plan_only(recipe(heal="last:1", **ends), Runtime(quiet=True))
+
+
+def test_rates_are_those_of_the_sequences_that_each_stage_has(recipe, tmp_path):
+    """Of 320 sequences 32 train the replacement: by AdamW, whose rate is half of Muon's, of which 288 have theirs."""
+    long = {**WAY, "lr": None, "tokens": 40_000, "batch": 1, "accumulate": 1}
+    with pytest.raises(UserError, match="--min-lr"):
+        check_training(Workspace(recipe(heal="all", min_lr=8e-3, **long), quiet(tmp_path)))
+    check_training(Workspace(recipe(min_lr=8e-3, **long), quiet(tmp_path)))
 
 
 def test_the_head_alone_may_be_what_trains(recipe, tmp_path):

@@ -32,6 +32,13 @@ def test_yaml_reads_back_as_an_equal_recipe():
     assert Recipe(**yaml.safe_load(to_yaml(recipe))) == recipe
 
 
+def test_a_file_says_nothing_of_how_much_goes_where_a_flag_does(tmp_path):
+    (tmp_path / "r.yaml").write_text("model: m\nremove: 25%\ntokens: 10k\n", encoding="utf-8")
+    recipe = make_recipe({"window": "3:6"}, tmp_path / "r.yaml")
+    assert (recipe.remove, recipe.window, recipe.tokens) == (None, "3:6", 10_000)
+    assert make_recipe({}, tmp_path / "r.yaml").remove == "25%"
+
+
 def test_a_preset_gives_way_to_a_file_and_that_to_flags(tmp_path):
     (tmp_path / "r.yaml").write_text("model: m\npreset: paper\nlr: 3.0e-4\nclip: 2.0\n")
     recipe = make_recipe({"clip": 1.0}, tmp_path / "r.yaml")

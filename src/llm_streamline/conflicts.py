@@ -16,12 +16,13 @@ from llm_streamline.replace import ONE_OF_ITS_OWN, solvable
 if TYPE_CHECKING:
     from llm_streamline.recipe import Recipe
 
+TARGETS = ("remove", "window", "max_params")  # how much goes, or what
 # what is nothing to a run in which nothing trains
 TRAINING = ("epochs", "batch", "accumulate", "optimizer", "lr", "min_lr", "weight_decay", "warmup", "clip")
 
 
 def several_targets(recipe: Recipe) -> str | None:
-    given = [f"--{name.replace('_', '-')}" for name in ("remove", "window", "max_params") if getattr(recipe, name)]
+    given = [f"--{name.replace('_', '-')}" for name in TARGETS if getattr(recipe, name)]
     if len(given) > 1:
         return f"{' and '.join(given)} were given; give one of --remove, --window and --max-params"
     return None

@@ -5,14 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from llm_streamline.conflicts import TARGETS
 from llm_streamline.errors import UserError, reason
 from llm_streamline.presets import PRESETS
 from llm_streamline.recipe import Recipe
 
 
 def make_recipe(values: dict[str, Any], file: Path | None = None) -> Recipe:
-    """A Recipe from a preset, then a YAML file, then `values`: the later one wins. Errors: UserError."""
-    return Recipe(**{**(read_yaml(file) if file else {}), **values})
+    """A Recipe from a preset, then a YAML file, then `values`: the later one wins. Errors: UserError.
+
+    Of what says how much goes, a file's is nothing beside another one that is given.
+    """
+    own = read_yaml(file) if file else {}
+    if any(values.get(key) is not None for key in TARGETS):
+        own = {key: value for key, value in own.items() if key not in TARGETS}
+    return Recipe(**{**own, **values})
 
 
 def read_yaml(file: Path) -> dict[str, Any]:

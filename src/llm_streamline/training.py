@@ -41,9 +41,12 @@ def check_training(work: Workspace) -> None:
     """Errors: UserError for rates and losses that cannot be, and for gradients through layers that are not held."""
     recipe, config = work.recipe, work.config
     sequences = (recipe.tokens or DEFAULT_TOKENS) * recipe.epochs // block_length(recipe, context_length(config))
-    for one, flag in ((recipe, "--loss"), (recipe.healing, "--heal-loss"))[: 2 if recipe.heals else 1]:
-        rates(one, config.hidden_size, optimizer_for(one, sequences))
-        one.objective.check(config.vocab_size, flag)
+    healing = round(sequences * (recipe.heal_share if recipe.learns else 1)) if recipe.heals else 0
+    stages = ((recipe, "--loss", sequences - healing), (recipe.healing, "--heal-loss", healing))
+    for one, flag, own in stages:
+        if own:
+            rates(one, config.hidden_size, optimizer_for(one, own))
+            one.objective.check(config.vocab_size, flag)
     if recipe.count > 1 and recipe.occupied and work.offloads:
         raise UserError(
             f"{recipe.count} windows are trained through the layers between them, which have to be held in memory, and "
