@@ -218,13 +218,14 @@ def models(options: argparse.Namespace) -> Iterator[argparse.Namespace]:
     names = [Path(model).name for model in options.model]
     if len(set(names)) < count:
         sys.exit(f"--model {' '.join(options.model)}: two have the same name; rows are kept by names, so give others.")
-    for key in own:
-        if len(getattr(options, key) or [None] * count) != count:
+    texts = {key: getattr(options, key) or [None] * count for key in own}
+    for key, given in texts.items():
+        if len(given) != count:
             sys.exit(f"--{key} has to be given once for each of the {count} models, in their order.")
     for number, (model, name) in enumerate(zip(options.model, names, strict=True)):
-        texts = {key: getattr(options, key)[number] if getattr(options, key) else None for key in own}
         rows = options.rows / name if count > 1 else options.rows
-        yield argparse.Namespace(**{**vars(options), **texts, "model": model, "rows": rows})
+        its = {"model": model, "rows": rows, **{key: given[number] for key, given in texts.items()}}
+        yield argparse.Namespace(**{**vars(options), **its})
 
 
 def leagues(options: argparse.Namespace) -> Iterator[argparse.Namespace]:

@@ -205,13 +205,13 @@ def test_rows_of_a_second_budget_lie_beside(tmp_path):
     assert [(one.tokens, one.rows.name) for one in found] == [("500k", "rows"), ("5k", "rows-5k")]
 
 
-def several(tmp_path, *words):
+def several(*words):
     given = ["rows", "--model", "a/one", "b/two", "--tokens", "5k", "50k", "--data", *words]
     return list(quality.leagues(quality.flags(None).parse_args(given)))
 
 
-def test_each_model_has_its_own_text_and_rows_for_each_budget(tmp_path):
-    found = several(tmp_path, "a.jsonl", "b.jsonl", "--heldout", "c.jsonl", "d.jsonl")
+def test_each_model_has_its_own_text_and_rows_for_each_budget():
+    found = several("a.jsonl", "b.jsonl", "--heldout", "c.jsonl", "d.jsonl")
     assert [(one.model, one.tokens, str(one.rows)) for one in found] == [
         (model, tokens, f"rows/{model[2:]}{more}")
         for model in ("a/one", "b/two")
@@ -231,9 +231,9 @@ def test_each_model_has_its_own_text_and_rows_for_each_budget(tmp_path):
         (["a.jsonl", "b.jsonl", "--model", "a/one", "b/one"], "two have the same name"),
     ],
 )
-def test_texts_that_are_not_one_for_each_model_are_refused(tmp_path, words, told):
+def test_texts_that_are_not_one_for_each_model_are_refused(words, told):
     with pytest.raises(SystemExit, match=told):
-        several(tmp_path, *words)
+        several(*words)
 
 
 def test_a_ranking_is_of_one_model(llama_folder, tmp_path, monkeypatch):

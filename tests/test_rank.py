@@ -355,6 +355,8 @@ def test_analysis_ranks_where_a_removal_is_named(llama_folder, text_file, tmp_pa
     assert not (tmp_path / "plain" / "ranking.json").exists()
     cli.main([*command, "-o", str(tmp_path / "ranked")])
     assert not (tmp_path / "ranked" / "ranking.json").exists(), "of a length that was not asked for"
+    cli.main([*command[:-1], "-o", str(tmp_path / "last"), "--remove", "1", "--select", "last"])
+    assert "no windows are ranked by loss" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         cli.main([*command, "-o", str(tmp_path / "none"), "--remove", "40"])
     assert "leaves no layer" in capsys.readouterr().err and not list((tmp_path / "none").glob("*.json"))

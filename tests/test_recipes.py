@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -45,7 +46,7 @@ PUBLISHED = {
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
 def test_published_figures_come_first(file):
     lines = file.read_text(encoding="utf-8").splitlines()
-    comment = [line for line in lines[: next(at for at, line in enumerate(lines) if not line.startswith("#"))]]
+    comment = takewhile(lambda line: line.startswith("#"), lines)
     assert PUBLISHED.get(file.stem, "whose figures are not at hand") in " ".join(comment)
 
 

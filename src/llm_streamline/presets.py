@@ -34,9 +34,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper-none": {**PAPER, "replace": "none"},
     # the paper's Table 6; the rank, the targets and the learning rate are not told: these are ours
     "lora": {**DELETED, "heal": "lora:16", "heal_loss": "lm", "heal_lr": 2e-4},
-    # Gromov et al., arXiv 2403.17887: rank 64 and 3e-4, from which it departs for some models. Theirs takes the angle
-    # at the last token of each sequence, adapts the MLPs of a model in 4 bits alone, and scales adapters by 1 where
-    # peft's usual 2 is here
+    # Gromov et al., arXiv 2403.17887: rank 64 and 3e-4; for which of its models it has others could not be known.
+    # Theirs takes the angle at the last token of each sequence, adapts the MLPs of a model in 4 bits alone, and scales
+    # adapters by 1 where peft's usual 2 is here
     "uidl": {**DELETED, "heal": "lora:64", "heal_loss": "lm", "heal_lr": 3e-4},
     # Reassessing Layer Pruning, arXiv 2411.15558: the last layers go; the last three that stay, the norm and the head
     # learn from the text. Theirs are instructions, at a rate of 1e-5 for its 8B model, which is about the default at

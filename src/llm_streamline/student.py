@@ -122,11 +122,8 @@ def student_of(model: PreTrainedModel, plan: LayerPlan, replacement: Replacement
             if heal.whole(new, plan):
                 layers[new] = _own(layers[new])
                 student[new] = layers[new]
-    if (
-        heal.kind
-        and not heal.above
-        and not any(value.requires_grad for new in kept for value in layers[new].parameters())
-    ):
+    trains = any(value.requires_grad for new in kept for value in layers[new].parameters())
+    if heal.kind and not heal.above and not trains:
         raise UserError(f"--heal {heal} finds nothing to train in the layers that stay; give another, or none.")
     return student
 
