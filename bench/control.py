@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from bench.quality import Judge, flags, leagues
-from bench.rows import SUFFIX, write_row
+from bench.quality import Judge, described, flags, leagues
+from bench.rows import SUFFIX, check_row, write_row
 from llm_streamline.checkpoint import Source, load_model
 from llm_streamline.forward import substituted
 from llm_streamline.healing import GENTLER
@@ -69,12 +69,15 @@ def add_controls(options: argparse.Namespace) -> None:
     for seed in options.seeds:
         for name, every in WHOLE.items():
             files = {remove: options.rows / f"{name}-{remove.rstrip('%')}-{seed}{SUFFIX}" for remove in options.remove}
-            if all(file.exists() for file in files.values()):
-                continue
             base = {"model": options.model, "data": options.data, "tokens": options.tokens, "seed": seed, "loss": "lm"}
-            row = controlled(Recipe(**base), every, judge)
+            asked, there = described(base), [file for file in files.values() if file.exists()]
+            for file in there:
+                check_row(file, asked=asked, judged_by=judge.by)
+            if len(there) == len(files):
+                continue
+            row = {"seed": seed, "asked": asked, **controlled(Recipe(**base), every, judge)}
             for remove, file in files.items():  # nothing is removed: the row is the same beside every share
-                write_row(file, {"method": name, "remove": remove, "seed": seed, **row})
+                write_row(file, {"method": name, "remove": remove, **row})
             print(f"{name}-{seed}: excess {row['validation']:.4f} nats", file=sys.stderr)
 
 

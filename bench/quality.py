@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from bench.depths import Peak
 from bench.packed import packable, packed_answers
-from bench.rows import SUFFIX, read_row, write_row
+from bench.rows import SUFFIX, check_row, judged_by, read_row, write_row
 from llm_streamline import compress, run, selection
 from llm_streamline.checkpoint import Source, context_length, load_config, load_model, load_tokenizer
 from llm_streamline.errors import UserError
@@ -52,7 +52,8 @@ METHODS: dict[str, dict[str, Any]] = {  # what of a recipe each sets; the tokens
     "default": {},
     "paper": {"preset": "paper"},
     "paper-random": {"preset": "paper-random"},
-    "paper-ffn": {"preset": "paper-ffn", "custom_code": True},
+    **{f"paper-{name}": {"preset": f"paper-{name}", "custom_code": True} for name in ("ffn", "swiglu")},
+    "paper-none": {"preset": "paper-none"},
     "healed": {"heal": "all"},
     "default-text": {"loss": TEXT_TOO},
     "healed-text": {"heal": "all", "heal_loss": TEXT_TOO},
@@ -114,6 +115,7 @@ class Judge:
     """The text and the questions that models are judged by."""
 
     def __init__(self, model: str, heldout: Path | None, questions: Path | None) -> None:
+        self.by = judged_by(heldout=heldout, questions=questions)
         source = Source(model)
         config = load_model(source, torch.float32).config
         tokenizer, context = load_tokenizer(source, config.vocab_size), context_length(config)
@@ -132,7 +134,7 @@ class Judge:
         Matrix products are in bfloat16 where those are fast, which has moved an excess of 0.2306 nats by 0.00001.
         """
         with torch.autocast("cpu", torch.bfloat16, enabled=multiplies_bfloat16("cpu")):
-            return self._row(model)
+            return {"judged_by": self.by, **self._row(model)}
 
     def _row(self, model: PreTrainedModel) -> dict[str, Any]:
         losses = token_losses(model, [window.ids for window in self._windows], None, lambda done: None)
@@ -191,18 +193,12 @@ class Wanted(NamedTuple):
     seed: int
     values: dict[str, Any]
 
-    def asked(self) -> dict[str, str]:
-        """What the row is kept with, so that it is not taken for another's: files by their names alone."""
-        files = ("model", "data")
-        named = {key: Path(str(value)).name if key in files else str(value) for key, value in self.values.items()}
-        return {**named, "tokens": str(parse_count(str(self.values["tokens"])))}
 
-    def check(self) -> None:
-        """Stop where the file is there and is of something else."""
-        asked = self.asked()
-        there = read_row(self.file).get("asked", asked)
-        if differs := sorted(key for key in asked.keys() | there.keys() if there.get(key) != asked.get(key)):
-            sys.exit(f"{self.file} was measured with another {', '.join(differs)}; give another folder for the rows.")
+def described(values: dict[str, Any]) -> dict[str, str]:
+    """What of a recipe a row is kept with, so that it is not taken for another's: files by their names alone."""
+    files = ("model", "data")
+    named = {key: Path(str(value)).name if key in files else str(value) for key, value in values.items()}
+    return {**named, "tokens": str(parse_count(str(values["tokens"])))}
 
 
 def budgets(options: argparse.Namespace) -> Iterator[argparse.Namespace]:
@@ -245,8 +241,9 @@ def missing(options: argparse.Namespace) -> list[Wanted]:
                 base["remove"] = asked(name, remove, layers)
                 found.append(Wanted(file, name, remove, seed, {**base, **values}))
     there = [one for one in found if one.file.exists()]
+    by = judged_by(heldout=options.heldout, questions=options.questions)
     for one in there:
-        one.check()
+        check_row(one.file, asked=described(one.values), judged_by=by)
     return [one for one in found if one not in there]
 
 
@@ -264,14 +261,22 @@ def outlook(folder: Path, left: list[Wanted]) -> str:
     return f"{len(left)} rows to go, about {sum(means.get(one.name, usual) for one in left) / 3600:.1f} h"
 
 
+def add_dense(options: argparse.Namespace, judge: Judge) -> None:
+    """The dense model's own row, which all others are read beside."""
+    file, asked = options.rows / f"{DENSE}{SUFFIX}", {"model": Path(options.model).name}
+    if file.exists():
+        check_row(file, asked=asked, judged_by=judge.by)
+    else:
+        model = load_model(Source(options.model), torch.float32)
+        write_row(file, {"method": DENSE, "asked": asked, **judge.row(model)})
+
+
 def add_rows(options: argparse.Namespace) -> None:
     options.rows.mkdir(parents=True, exist_ok=True)
     remember()
     judge = Judge(options.model, options.heldout, options.questions)
-    dense = options.rows / f"{DENSE}{SUFFIX}"
-    if not dense.exists():
-        write_row(dense, {"method": DENSE, **judge.row(load_model(Source(options.model), torch.float32))})
     wanted = missing(options)
+    add_dense(options, judge)
     for number, one in enumerate(wanted):
         say(outlook(options.rows, wanted[number:]), False)
         with tempfile.TemporaryDirectory() as scratch:
@@ -280,7 +285,7 @@ def add_rows(options: argparse.Namespace) -> None:
             except UserError as error:
                 say(f"{one.file.name}: {error}", False)
                 continue
-        told = {"method": one.name, "remove": one.remove, "seed": one.seed, "asked": one.asked()}
+        told = {"method": one.name, "remove": one.remove, "seed": one.seed, "asked": described(one.values)}
         write_row(one.file, {**told, **row})
         say(f"{one.file.name}: excess {row['validation']:.4f} nats, {row['seconds']:.0f} s", False)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +27,25 @@ Row = dict[str, Any]
 
 
 def read(folder: Path) -> tuple[Row, dict[str, dict[str, list[Row]]]]:
-    """The dense model's row; and by share removed, by method, the rows of the seeds in order."""
+    """The dense model's row; and by share removed, by method, the rows of the seeds in order.
+
+    Stops where rows were judged by different texts or questions, which no interval would tell.
+    """
+    judges: set[str] = set()
     found: dict[str, dict[str, list[Row]]] = {}
     dense: Row = {}
     for file in sorted(folder.glob(f"*{SUFFIX}")):
         row = read_row(file)
+        if "judged_by" in row:
+            judges.add(str(row["judged_by"]))
         if row["method"] == DENSE:
             dense = row
         else:
             found.setdefault(row["remove"], {}).setdefault(row["method"], []).append(row)
+    if len(judges) > 1:
+        sys.exit(
+            f"{folder} has rows judged by different files: {' and '.join(sorted(judges))}; keep one folder for each."
+        )
     for methods in found.values():
         for rows in methods.values():
             rows.sort(key=lambda row: row["seed"])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import lzma
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,24 @@ def write_row(file: Path, row: dict[str, Any]) -> None:
     """Numbers are kept to seven digits."""
     with atomic(file) as temporary:
         temporary.write_bytes(lzma.compress(json.dumps(_rounded(row)).encode()))
+
+
+def judged_by(**files: Path | None) -> dict[str, str]:
+    """Of each file its name and the beginning of its digest, as others have the same names; empty for none."""
+    return {key: f"{file.name} {_digest(file)}" if file else "" for key, file in files.items()}
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:12]
+
+
+def check_row(file: Path, **wanted: dict[str, str]) -> None:
+    """Stop where the row that is there says something else. The first rows say by what they were judged in `dense`."""
+    row = read_row(file)
+    for part, values in wanted.items():
+        there = row.get(part, values)
+        if differs := sorted(key for key in values.keys() | there.keys() if there.get(key) != values.get(key)):
+            sys.exit(f"{file} was measured with another {', '.join(differs)}; give another folder for the rows.")
 
 
 def _rounded(value: Any) -> Any:

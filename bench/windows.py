@@ -2,7 +2,7 @@
 
 `python -m bench.windows MODEL TEXT --length 4` prints a table: the scores, from the calibration part; the loss on the
 validation part after deletion and after a linear map fitted on training tokens. Below it are the scores' rank
-correlations with the map's loss.
+correlations with the map's loss, and what the default takes, of its own few, beside the best window of all.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from scipy.stats import kendalltau, spearmanr
 from transformers import PreTrainedModel
 
 from llm_streamline import rank as ranking_stage
-from llm_streamline.crossing import Part, crossed, judged
+from llm_streamline.crossing import Bridge, Part, crossed, judged
 from llm_streamline.families import layers_of
 from llm_streamline.layerwise import Layerwise
 from llm_streamline.moments import Moments
@@ -38,16 +38,26 @@ def main() -> None:
     work = Workspace(recipe, Runtime(compute="float32", quiet=True))
     starts = range(1, work.shape.num_layers - options.length)
     windows = [Window(start=start, stop=start + options.length) for start in starts]
+    taken = ranking_stage.rank(work.model, work.parts.calibration, BATCH, windows, "patched", quiet=True)
     ranking_stage.SHORTLIST = len(windows)
     ranking = ranking_stage.rank(work.model, work.parts.calibration, BATCH, windows, "patched", quiet=True)
-    ends = outcomes(work.model, work.parts.training, work.parts.validation, windows)
+    dense, ends = outcomes(work.model, work.parts.training, work.parts.validation, windows)
     show(ranking, ends)
+    print(beside_best(taken.winner.window, dense, {window: patched for window, (_, patched) in ends.items()}))
+
+
+def beside_best(taken: Window, dense: float, losses: dict[Window, float]) -> str:
+    """What the default's window loses over the dense model, as so many times what the best one loses."""
+    best = min(losses, key=lambda window: losses[window])
+    over, least = losses[taken] - dense, losses[best] - dense
+    told = f"the default takes {taken}: {over:.4f} nats over the dense model's {dense:.4f}"
+    return f"{told}; the best is {best}: {least:.4f}; {over / least:.3f} times"
 
 
 def outcomes(
     model: PreTrainedModel, training: torch.Tensor, validation: torch.Tensor, windows: list[Window]
-) -> dict[Window, tuple[float, float]]:
-    """Per window the loss on `validation` (N, T) after deletion, and after a map fitted on `training`."""
+) -> tuple[float, dict[Window, tuple[float, float]]]:
+    """The dense loss on `validation` (N, T); per window that after deletion, and after a map fitted on `training`."""
     layers, width = Layerwise(model), model.config.hidden_size
     moments = {window: Moments.of_widths(width, width) for window in windows}
 
@@ -58,17 +68,21 @@ def outcomes(
         for _ in crossed(layers, parts(training), windows, fit, max(window.stop for window in windows)):
             pass
         maps = {window: one.solve().float() for window, one in moments.items()}
-        cut = losses(layers, validation, windows, lambda _, __, entering, ___: entering)
-        patched = losses(layers, validation, windows, lambda _, window, x, __: x + x @ maps[window])
-    return {window: (cut[window], patched[window]) for window in windows}
+        dense, cut = losses(layers, validation, windows, lambda _, __, entering, ___: entering)
+        _, patched = losses(layers, validation, windows, lambda _, window, x, __: x + x @ maps[window])
+    return dense, {window: (cut[window], patched[window]) for window in windows}
 
 
-def losses(layers: Layerwise, blocks: torch.Tensor, windows: list[Window], bridge: object) -> dict[Window, float]:
-    sums = dict.fromkeys(windows, 0.0)
+def losses(
+    layers: Layerwise, blocks: torch.Tensor, windows: list[Window], bridge: Bridge
+) -> tuple[float, dict[Window, float]]:
+    dense, sums = 0.0, dict.fromkeys(windows, 0.0)
     for one in crossed(layers, parts(blocks), windows, bridge, len(layers_of(layers.model))):
-        for window, loss in judged(layers, one).loss.items():
+        seen = judged(layers, one)
+        dense += float(seen.dense.sum())
+        for window, loss in seen.loss.items():
             sums[window] += float(loss.sum())
-    return {window: total / len(blocks) for window, total in sums.items()}
+    return dense / len(blocks), {window: total / len(blocks) for window, total in sums.items()}
 
 
 def parts(blocks: torch.Tensor) -> list[Part]:
@@ -91,7 +105,7 @@ def show(ranking: Ranking, ends: dict[Window, tuple[float, float]]) -> None:
     for by in SCORES:
         winner = ranking.winners[by]
         how = correlated(ranking, by, ends)
-        print(f"{by}: takes {winner.window} ({winner.confidence:.2f} of resamples); with the map {how}")
+        print(f"{by}: takes {winner.window} ({winner.confidence:.2f} of halves); with the map {how}")
 
 
 def correlated(ranking: Ranking, by: str, ends: dict[Window, tuple[float, float]]) -> str:

@@ -80,6 +80,15 @@ def test_batch_size_and_padding_change_nothing():
     assert not torch.allclose(torch.tensor(plain.cosine), torch.tensor(unmasked.cosine), atol=1e-3)
 
 
+@pytest.mark.parametrize("batch", [1, 2, 3, 5])
+def test_each_half_of_the_sequences_has_its_own_mean(batch):
+    model, ids = tiny.make_model("llama"), tiny.random_ids(5, 16)
+    halves = analyze(model, ids, batch).halves
+    for half, sequences in zip(halves, (ids[0::2], ids[1::2]), strict=True):
+        assert torch.allclose(torch.tensor(half), torch.tensor(analyze(model, sequences, 5).cosine), atol=1e-5)
+    assert analyze(model, ids[:1], batch).halves == []
+
+
 def test_windows_are_ranked_and_protected():
     found = analyze(tiny.make_model("llama"), tiny.random_ids(3, 16), batch=3)
     windows = found.windows(2, protect_first=1, protect_last=1)

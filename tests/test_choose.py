@@ -42,6 +42,18 @@ def test_a_layer_replaces_a_window_one_longer_than_what_is_removed():
     assert found.plain_window == Window(start=5, stop=7)
 
 
+def test_the_reason_says_whether_halves_of_the_sequences_agree():
+    found, other = similarity({3: 3}), similarity({3: 4})
+    told = {"same": [found.cosine, found.cosine], "other": [found.cosine, other.cosine]}
+    recipe = Recipe(model="m", remove="2")
+    whys = {}
+    for name, halves in told.items():
+        whys[name] = choose(found.model_copy(update={"halves": halves}), SHAPE, recipe).why
+    assert whys["same"].endswith("; either half of the 2 sequences alone has it first)")
+    assert whys["other"].endswith("; halves of the 2 sequences alone have 3:6 and 4:7 first)")
+    assert "half" not in choose(found, SHAPE, recipe).why
+
+
 def test_two_layers_and_none():
     two = plan(remove="2", replace="layer:2")
     assert (two.window, two.net, two.layer_map()) == (Window(start=2, stop=6), 2, [0, 1, "2:6", "2:6", 6, 7])

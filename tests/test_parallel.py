@@ -78,7 +78,7 @@ def trained(world: World, name: str, changes: dict) -> dict[str, object]:
 
 def measured(world: World, model=None) -> list[list[list[float]]]:
     found = analyze(model or tiny.make_model("llama"), tiny.random_ids(7, 16), batch=2, quiet=True, world=world)
-    return [getattr(found, name) for name in SIMILARITY]
+    return [*(getattr(found, name) for name in SIMILARITY), *found.halves]
 
 
 def solved(world: World) -> list[list[float]]:

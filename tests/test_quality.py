@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from bench import continuation, control, quality, quality_table, quality_tokens
-from bench.quality import METHODS, Judge, asked, learns_text
+from bench.quality import METHODS, Judge, asked, described, learns_text
 from bench.quality_table import Compared, differences, read
-from bench.rows import SUFFIX, read_row, write_row
+from bench.rows import SUFFIX, judged_by, read_row, write_row
 from llm_streamline.checkpoint import Source, load_model
 from tests import tiny
 
@@ -194,10 +194,41 @@ def test_rows_are_added_one_by_one_and_those_there_are_not_measured_again(llama_
 def test_a_row_is_not_taken_for_that_of_another_text_or_budget(llama_folder, tmp_path, changes, told):
     way = options(tmp_path, llama_folder, tokens="500k", methods=["paper"], seeds=[0])
     first = quality.missing(way)[0]
-    write_row(first.file, {"method": "paper", "asked": first.asked()})
+    write_row(first.file, {"method": "paper", "asked": described(first.values)})
     assert quality.missing(way) == []
     with pytest.raises(SystemExit, match=told):
         quality.missing(argparse.Namespace(**{**vars(way), **changes}))
+
+
+def test_rows_say_by_which_text_and_questions_and_take_no_others(llama_folder, tmp_path, monkeypatch):
+    texts = [tmp_path / name / "heldout.jsonl" for name in ("one", "other")]
+    for number, file in enumerate(texts):
+        file.parent.mkdir()
+        file.write_text(json.dumps({"text": f"some words {number}"}) + "\n", encoding="utf-8")
+    monkeypatch.setattr(quality, "remember", lambda: None)
+    found = {"validation": 0.1, "seconds": 1.0}
+    monkeypatch.setattr(quality, "shortened", lambda _, __, judge: {**found, **judge.row(None)})
+    monkeypatch.setattr(Judge, "_row", lambda *_: {"documents": [], "items": []})
+    monkeypatch.setattr(control, "controlled", lambda _, __, judge: {**found, **judge.row(None)})
+    way = options(tmp_path / "rows", llama_folder, tokens="500k", heldout=texts[0], methods=["paper"], seeds=[0])
+    for add in (quality.add_rows, control.add_controls):
+        add(way)
+    for name in ("dense", "paper-2-0", "control-2-0", "control-all-2-0"):
+        row = read_row(way.rows / f"{name}{SUFFIX}")
+        assert row["judged_by"] == judged_by(heldout=texts[0], questions=None), name
+        assert row["asked"]["model"] == llama_folder.name, name
+    assert read_row(way.rows / f"control-2-0{SUFFIX}")["asked"]["loss"] == "lm"
+    other = argparse.Namespace(**{**vars(way), "heldout": texts[1]})
+    for add in (quality.add_rows, control.add_controls):
+        with pytest.raises(SystemExit, match="another heldout;"):
+            add(other)
+    (way.rows / f"dense{SUFFIX}").unlink()
+    with pytest.raises(SystemExit, match=r"paper-2-0.*another heldout;"):
+        quality.add_rows(other)
+    assert not (way.rows / f"dense{SUFFIX}").exists()
+    quality.add_dense(other, Judge(str(llama_folder), texts[1], None))
+    with pytest.raises(SystemExit, match=r"rows judged by different files: .*; keep one folder for each"):
+        read(way.rows)
 
 
 def test_rows_of_a_second_budget_lie_beside(tmp_path):

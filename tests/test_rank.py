@@ -10,6 +10,7 @@ from torch import nn
 
 from llm_streamline import assemble as assemble_module
 from llm_streamline import cli, crossing, oracle, preview, run, selection, upper
+from llm_streamline import rank as rank_stage
 from llm_streamline.analyze import analyze
 from llm_streamline.checkpoint import Source, load_model
 from llm_streamline.choose import choose, why_ranked
@@ -38,6 +39,7 @@ def logits_without(model, ids: torch.Tensor, window: Window) -> torch.Tensor:
 def test_deleted_scores_equal_the_model_with_its_window_skipped(name, monkeypatch):
     model, ids = tiny.make_model(name), tiny.random_ids(5, 20)
     monkeypatch.setattr(upper, "CHUNK_LOGITS", 2 * 7 * tiny.VOCABULARY)  # seven places of two sequences at a time
+    monkeypatch.setattr(crossing, "CACHED_TOKENS", 2 * (5 if name == "llama" else 9))  # five, or still seven
     found = rank(model, ids, 2, WINDOWS, "kl", quiet=True)
     similarity = analyze(model, ids, batch=2, quiet=True)
     with torch.no_grad():
@@ -203,7 +205,7 @@ def test_the_reason_says_what_decided_how_surely_and_who_disagrees():
     plan = choose(similarity_of(tiny.make_model("llama")), shape, Recipe(model="m", remove="1"), made())
     assert plan.window == WINDOWS[1]
     assert "least loss with a linear map in its place among 2, the best by other scores of 3, windows" in plan.why
-    assert "3.0000 ± 0.0100; next 1:3, worse by 0.2000 ± 0.0500; the same in 93% of resamples of 64" in plan.why
+    assert "3.0000 ± 0.0100; next 1:3, worse by 0.2000 ± 0.0500; the same in 93% of random halves of 64" in plan.why
     others = "cosine and relative change would have taken 1:3, loss after deletion and KL after deletion"
     assert plan.why.endswith(f"; {others} would have taken 3:5")
     assert selection.cosine_differs(made()).startswith("warning: cosine would have taken 1:3 and not 2:4")
@@ -257,6 +259,15 @@ def test_confidence_is_sure_of_what_every_sequence_says_and_not_of_noise():
             layers_of(model)[layer].mlp.down_proj.weight.mul_(1e-3)
     unsure = rank(model, tiny.random_ids(8, 16), 4, same, "loss", quiet=True).winner
     assert 0.4 < unsure.confidence < 1.0
+
+
+def test_confidence_is_the_share_of_halves_that_agree():
+    """One sequence of four decides for the first window: half of the halves have it."""
+    found = rank_stage._Found(WINDOWS[:2], 4, ["cosine", "relative", "loss", "kl"])
+    for values in found.values.values():
+        values[0], values[1] = torch.tensor([[0.0, 1.0, 1.0, 1.0], [9.0, 0.0, 0.0, 0.0]]), 1.0
+    ranked = rank_stage._ranking(found, "loss", torch.zeros(4, 8))
+    assert ranked.winner.window == WINDOWS[0] and ranked.winner.confidence == pytest.approx(0.5, abs=0.05)
 
 
 def work(folder, text, runtime=None, **changes) -> Workspace:

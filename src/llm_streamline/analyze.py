@@ -40,16 +40,22 @@ def analyze(
     for non-finite states, or a disk that is full.
     """
     batches = world.share(blocks.split(batch))  # whole batches, so that each is computed as one process would
+    firsts = world.share(range(0, len(blocks), batch))
     masks = None if mask is None else world.share(mask.split(batch))
-    sums = world.attempt(lambda: _summed(model, batches, masks, quiet, scratch))
+    sums = world.attempt(lambda: _summed(model, batches, firsts, masks, quiet, scratch))
     sums.add_up(world)
     return sums.result(tokens=blocks.numel() if mask is None else int(mask.sum()))
 
 
 def _summed(
-    model: PreTrainedModel, batches: Sequence[Tensor], masks: Sequence[Tensor] | None, quiet: bool, scratch: Path | None
+    model: PreTrainedModel,
+    batches: Sequence[Tensor],
+    firsts: Sequence[int],
+    masks: Sequence[Tensor] | None,
+    quiet: bool,
+    scratch: Path | None,
 ) -> _Sums:
-    """Over the sequences of these batches, of which there may be none."""
+    """Over the sequences of these batches, of which there may be none; `firsts` are the numbers of their first ones."""
     sums = _Sums(len(layers_of(model)) + 1)
     if masks is None and is_offloaded(model):
         states = spooled(model, batches, scratch)
@@ -57,8 +63,8 @@ def _summed(
         states = _recorded(model, batches, masks)
     counted = [torch.ones_like(ids) for ids in batches] if masks is None else masks
     with progress("analyzing", sum(map(len, batches)), quiet) as advance:
-        for found, counts in zip(states, counted, strict=True):
-            sums.add(*_pairwise(found, counts.to(model.device)))
+        for found, counts, first in zip(states, counted, firsts, strict=True):
+            sums.add(*_pairwise(found, counts.to(model.device)), first)
             advance(len(counts), "sequences")
     return sums
 
@@ -142,16 +148,19 @@ def _refuse_non_finite(gram: Tensor, weight: Tensor) -> None:
 
 
 class _Sums:
-    """Sums over sequences, in float64: enough for means and standard errors."""
+    """Sums over sequences, in float64: enough for means, standard errors, and the means of two halves."""
 
     def __init__(self, boundaries: int) -> None:
         self.count = 0
         self.first = torch.zeros(2, boundaries, boundaries, dtype=torch.float64)
         self.second = torch.zeros_like(self.first)
+        self.odd = torch.zeros_like(self.first[0])  # of the cosines, those of every other sequence
 
-    def add(self, cosine: Tensor, change: Tensor) -> None:
+    def add(self, cosine: Tensor, change: Tensor, number: int) -> None:
+        """Of sequences (B, L+1, L+1), the first of which has a number."""
         values = torch.stack([cosine, change]).double().cpu()  # (2, B, L+1, L+1)
         self.count += values.shape[1]
+        self.odd += values[0, 1 - number % 2 :: 2].sum(dim=0)
         self.first += values.sum(dim=1)
         self.second += values.square().sum(dim=1)
 
@@ -161,6 +170,7 @@ class _Sums:
         self.count = int(world.sum_(counted))
         world.sum_(self.first)
         world.sum_(self.second)
+        world.sum_(self.odd)
 
     def result(self, tokens: int) -> Similarity:
         mean = self.first / self.count
@@ -175,4 +185,11 @@ class _Sums:
             relative_change=matrices[1],
             cosine_se=matrices[2],
             relative_change_se=matrices[3],
+            halves=self._halves(),
         )
+
+    def _halves(self) -> list[Matrix]:
+        odd = self.count // 2
+        if not odd:
+            return []
+        return [((self.first[0] - self.odd) / (self.count - odd)).tolist(), (self.odd / odd).tolist()]

@@ -164,8 +164,18 @@ def _why(similarity: Similarity, ranked: Sequence[Window], recipe: Recipe) -> st
     second = ranked[1]
     return (
         f"the most similar of {len(ranked)} windows of {len(window)} layers ({best}; next {second} with "
-        f"{similarity.of(second):.4f} ± {similarity.error_of(second):.4f})"
+        f"{similarity.of(second):.4f} ± {similarity.error_of(second):.4f}{_of_halves(similarity, ranked)})"
     )
+
+
+def _of_halves(similarity: Similarity, ranked: Sequence[Window]) -> str:
+    """Whether either half of the sequences would have had the same window first."""
+    firsts = [max(ranked, key=lambda window: half[window.start][window.stop]) for half in similarity.halves]
+    if not firsts:
+        return ""
+    if set(firsts) == {ranked[0]}:
+        return f"; either half of the {similarity.sequences} sequences alone has it first"
+    return f"; halves of the {similarity.sequences} sequences alone have {' and '.join(map(str, firsts))} first"
 
 
 def why_ranked(ranking: Ranking) -> str:
@@ -178,7 +188,7 @@ def why_ranked(ranking: Ranking) -> str:
     details = [f"{score.value:.4f} ± {score.se:.4f}"]
     if found.margin:
         details.append(f"next {found.runner_up}, worse by {found.margin.value:.4f} ± {found.margin.se:.4f}")
-    details.append(f"the same in {found.confidence:.0%} of resamples of {ranking.sequences} sequences")
+    details.append(f"the same in {found.confidence:.0%} of random halves of {ranking.sequences} sequences")
     return (
         f"the {most} {NAMES[ranking.by]} among {among} windows of {len(found.window)} layers ({'; '.join(details)}); "
         f"{disagreement(ranking)}"

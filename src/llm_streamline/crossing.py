@@ -19,6 +19,7 @@ from llm_streamline.records import Window
 from llm_streamline.upper import chunk_positions
 
 HALVES = range(2)  # of the sequences: what is fitted on one is judged on the other
+CACHED_TOKENS = 1024  # whose logits are made at once: those of more have left the cache when they are summed
 MATRICES = 2**30  # bytes of second moments at once; where those of one window are more, one window's
 
 
@@ -110,14 +111,14 @@ def judged(layers: Layerwise, one: Branched) -> Judged:
     device = one.whole.state.device
     dense = torch.zeros(sequences, dtype=torch.float64, device=device)
     loss, kl = ({window: torch.zeros_like(dense) for window in one.branches} for _ in range(2))
-    step = chunk_positions(sequences, layers.model.config.vocab_size)
+    step = min(chunk_positions(sequences, layers.model.config.vocab_size), max(1, CACHED_TOKENS // sequences))
     for first in range(0, length - 1, step):
         part = slice(first, min(first + step, length - 1))
         targets = one.whole.ids[:, part.start + 1 : part.stop + 1]
         logits = _logits(layers, one.whole, part)
         level = logits.logsumexp(dim=-1)
         dense += _loss(logits, level, targets).sum(dim=1)
-        shares = (logits - level.unsqueeze(-1)).exp_()
+        shares = logits.softmax(dim=-1)
         mean = torch.einsum("btv,btv->bt", shares, logits)
         for window, branch in one.branches.items():
             logits = _logits(layers, branch, part)

@@ -1,6 +1,6 @@
 """Calibration blocks -> Ranking: what each window of one length costs, deleted, and with a linear map in its place.
 
-Scores are kept per sequence, so that every standard error, every difference and every resample is over sequences. Maps
+Scores are kept per sequence, so that every standard error, every difference and every half is over sequences. Maps
 are fitted on one half of the sequences and judged on the other, both ways; the halves are contiguous, so that few
 documents lie in both. A token weighs 1 / ||x_out||^2 in a fit, as in the training loss `nmse`: else a few tokens with
 massive activations would rule it. Shapes: N sequences, B of them in a micro-batch, T tokens, D width, W windows.
@@ -21,7 +21,7 @@ from llm_streamline.layerwise import Layerwise
 from llm_streamline.moments import Moments
 from llm_streamline.parallel import ALONE, World
 from llm_streamline.progress import progress
-from llm_streamline.ranking import RESAMPLES, SCORES, SHORTLIST, By, Candidate, Ranking, Score, Winner
+from llm_streamline.ranking import HALVINGS, SCORES, SHORTLIST, By, Candidate, Ranking, Score, Winner
 from llm_streamline.records import Window
 
 _TINY = 1e-12
@@ -212,15 +212,15 @@ def _weight(leaving: Tensor) -> Tensor:
 
 def _ranking(found: _Found, by: By, blocks: Tensor) -> Ranking:
     count = len(blocks)
-    drawn = torch.randint(count, (RESAMPLES, count), generator=torch.Generator().manual_seed(0))
-    times = torch.zeros(RESAMPLES, count, dtype=torch.float64).scatter_add_(1, drawn, torch.ones(drawn.shape).double())
+    order = torch.rand(HALVINGS, count, generator=torch.Generator().manual_seed(0)).argsort(dim=1)
+    halves = (order < max(1, count // 2)).double()
     return Ranking(
         by=by,
         sequences=count,
         tokens=blocks.numel(),
         dense=_score(torch.stack([found.dense, torch.ones_like(found.dense)])),
         candidates=[_candidate(found, window) for window in found.windows],
-        winners={score: _winner(found, score, times) for score in SCORES if score in found.values},
+        winners={score: _winner(found, score, halves) for score in SCORES if score in found.values},
     )
 
 
@@ -245,10 +245,10 @@ def _error(influence: Tensor) -> float:
     return float(influence.square().sum() / max(count - 1, 1) / count) ** 0.5
 
 
-def _winner(found: _Found, by: By, times: Tensor) -> Winner:
-    """`times` (R, N): how often each sequence is drawn in each resample, the same for all windows and scores."""
+def _winner(found: _Found, by: By, halves: Tensor) -> Winner:
+    """`halves` (R, N): 1 for the sequences of each half, the same for all windows and scores."""
     values, measured, order = found.of(by), found.measured[by], found.order(by)
-    again = _losses(by, values @ times.T).argmin(dim=0)  # (R,)
+    again = _losses(by, values @ halves.T).argmin(dim=0)  # (R,)
     confidence = float((again == measured.index(order[0])).double().mean())
     if len(order) == 1:
         return Winner(window=order[0], confidence=confidence)

@@ -16,7 +16,7 @@ NAMES: dict[By, str] = {
     "replaceability": "share that no linear map explains",
     "patched": "loss with a linear map in its place",
 }
-RESAMPLES = 1000  # of the sequences, for each score's confidence
+HALVINGS = 1000  # of the sequences, for each score's confidence
 SHORTLIST = 4  # windows that linear maps are fitted for
 SCORES: tuple[By, ...] = get_args(By)
 
@@ -55,8 +55,8 @@ class Candidate(Record):
 class Winner(Record):
     """The window that a score would take, and how surely.
 
-    `confidence` is the share of resamples of the sequences, with replacement, in which the same window wins; maps are
-    not fitted anew. `margin` is by how much the runner-up is worse, with the standard error of that difference.
+    `confidence` is the share of random halves of the sequences in which the same window wins; maps are not fitted
+    anew. `margin` is by how much the runner-up is worse, with the standard error of that difference.
     """
 
     window: Window
@@ -119,6 +119,6 @@ def table(ranking: Ranking) -> tuple[list[str], list[list[str]]]:
 
 
 def confidences(ranking: Ranking) -> str:
-    """How surely each score takes what it takes."""
+    """How surely each score takes what it takes, by random halves of the sequences."""
     found = (f"{NAMES[by]} takes {one.window} in {one.confidence:.0%}" for by, one in ranking.winners.items())
-    return f"Of {RESAMPLES} resamples of the sequences: {', '.join(found)}"
+    return f"Of {HALVINGS} random halves of the sequences: {', '.join(found)}"

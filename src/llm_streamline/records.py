@@ -19,6 +19,7 @@ class Similarity(Record):
 
     `cosine[i][j]` is the paper's Eq. 1 between boundaries i and j: the mean over sequences of the mean over tokens.
     `relative_change[i][j]` is the mean of ||x_j - x_i|| / ||x_i||. Each has its standard error over sequences.
+    `halves` are `cosine` of every other sequence and of those between; empty of one sequence.
     """
 
     num_layers: int
@@ -28,6 +29,7 @@ class Similarity(Record):
     cosine_se: Matrix
     relative_change: Matrix
     relative_change_se: Matrix
+    halves: list[Matrix] = []
 
     def of_layers(self) -> list[float]:
         """Cosine of each layer's input and output."""
