@@ -153,7 +153,7 @@ def test_results_go_to_stdout_and_chatter_to_stderr(cli, llama_folder, text_file
     code, out, err = cli("compress", llama_folder, "--data", text_file, "-o", "out", "--remove", "2", *small)
     assert code == 0 and "training" not in out
     for words in (
-        "held-out loss",
+        "validation loss",
         "layers ",
         "verified",
         "out/model",

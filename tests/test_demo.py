@@ -15,7 +15,7 @@ def test_deleting_costs_and_the_replacement_brings_it_back(tmp_path, capsys, mon
     main(["demo", "-o", "demo-run"])
     out = capsys.readouterr().out
     found = re.search(r"^accuracy dense (\S+) deleted (\S+) replaced (\S+)$", out, re.MULTILINE)
-    assert found and "held-out loss" in out
+    assert found and "validation loss" in out
     dense, deleted, replaced = map(float, found.groups())
     assert dense - deleted >= 0.15
     assert replaced - deleted >= 0.7 * (dense - deleted)

@@ -37,7 +37,7 @@ def test_every_ratio_is_a_run_and_what_is_there_is_not_made_again(recipe, tmp_pa
     found = sweep(recipe, runtime(tmp_path / "out", tasks=("none",), beside=(beside,)))
     assert [(one.name, one.layers, one.removed is not None) for one in found.points] == [("1", 5, True), ("3", 3, True)]
     assert found.dense.layers == 6 and 0 < found.points[0].share < found.points[1].share < 1
-    assert found.dense.accuracy is None and list(panels(found)) == ["held-out perplexity"]
+    assert found.dense.accuracy is None and list(panels(found)) == ["validation perplexity"]
     (smaller,) = found.beside
     assert smaller.share == 0 and smaller.nats == pytest.approx(found.dense.nats, rel=1e-5), "the same model, here"
     assert Sweep.read(tmp_path / "out" / "sweep.json") == found

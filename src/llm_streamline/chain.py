@@ -82,7 +82,7 @@ def kinds(then: str | None, folder: RunFolder, afresh: bool = False) -> list[str
 
 
 def make_lighter(work: Workspace, folder: RunFolder, scores: Scores) -> list[Lighter]:
-    """The model that `--then` asks for, in the run folder, with its held-out loss, and those asked for before.
+    """The model that `--then` asks for, in the run folder, with its validation loss, and those asked for before.
 
     Errors: UserError for a run of another text; VerificationError, with nothing written, for a model that does not
     compute what it should.
@@ -118,7 +118,7 @@ def _int4(work: Workspace, folder: RunFolder) -> Lighter:
 
 
 def _loss(work: Workspace, kind: str, model: Any) -> Loss:
-    """On the held-out text."""
+    """On the validation text."""
     blocks, batch = work.parts.validation, work.batch(memory.FORWARD_TOKENS // 2)
     return next_token_loss(model, blocks, batch, f"the {kind} model", work.runtime.quiet)
 

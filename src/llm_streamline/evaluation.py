@@ -261,7 +261,7 @@ class Lighter(Record):
 class Link(Record):
     """One model of a chain dense -> shortened -> quantised; `bytes` are of its weights on the disk.
 
-    `nats` is its loss on the run's held-out text; `accuracy` and `stability`, against the dense model, are means over
+    `nats` is its loss on the run's validation text; `accuracy` and `stability`, against the dense model, are means over
     tasks. None is what was not measured.
     """
 
@@ -293,7 +293,7 @@ class Result(Record):
 
 
 class Point(Record):
-    """One model of a sweep; `share` is of the dense model's parameters that are gone, and `nats` its held-out loss.
+    """One model of a sweep; `share` is of the dense model's parameters that are gone, and `nats` its validation loss.
 
     `accuracy` is the mean over tasks, `stability` the same against the dense model, each with its 95 % interval over
     items; `decode` how many times as fast as that it writes, at one sequence. None is what was not measured.

@@ -154,7 +154,7 @@ def tiles(plan: LayerPlan, scores: Scores) -> list[tuple[str, str, str]]:
         (
             "perplexity",
             verdict.rise(scores, scores.saved),
-            f"{verdict.perplexity(scores.dense.nats)} → {verdict.perplexity(scores.saved.nats)} on held-out text",
+            f"{verdict.perplexity(scores.dense.nats)} → {verdict.perplexity(scores.saved.nats)} on the validation text",
         ),
     ]
     if share is not None:

@@ -250,7 +250,7 @@ class Loss(Record):
 
 
 class Scores(Record):
-    """Held-out loss on the validation part: the source, the source cut to the same depth, and the saved model."""
+    """Loss on the validation part: the source, the source cut to the same depth, and the saved model."""
 
     dense: Loss
     cut: Loss

@@ -92,7 +92,7 @@ def usual_lengths(num_layers: int) -> list[int]:
 
 def summary_table(plan: LayerPlan, scores: Scores) -> Table:
     """What was removed, what it cost and what the replacement brought back."""
-    table = _table("model", "layers", "parameters", "held-out loss", "excess, nats")
+    table = _table("model", "layers", "parameters", "validation loss", "excess, nats")
     for name, layers, parameters, loss, _, excess in score_rows(plan, scores):
         table.add_row(name, layers, parameters, loss, excess)
     return table

@@ -223,7 +223,7 @@ def assemble_model(work: Workspace, trained: Trained, similarity: Similarity, fo
 
 
 def score(work: Workspace, plan: LayerPlan, folder: RunFolder) -> Scores:
-    """Stage 6: held-out loss of the source, of the source cut to the same depth, and of the saved, cast model."""
+    """Stage 6: validation loss of the source, of the source cut to the same depth, and of the saved, cast model."""
     blocks, batch, quiet = work.parts.validation, work.batch(LOSS_TOKENS), work.runtime.quiet
     dense = next_token_loss(work.model, blocks, batch, "the dense model", quiet)
     with substituted(work.model, plan.plain_window):

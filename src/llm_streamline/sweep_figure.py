@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 PANELS: dict[str, Callable[[Point], float | None]] = {
     "accuracy": lambda one: one.accuracy,
     "stability": lambda one: one.stability,
-    "held-out perplexity": lambda one: None if one.nats is None else math.exp(one.nats),
+    "validation perplexity": lambda one: None if one.nats is None else math.exp(one.nats),
     "speed of writing, dense = 1": lambda one: one.decode,
 }
 

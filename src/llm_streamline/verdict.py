@@ -1,6 +1,6 @@
 """What a run's numbers mean, in words: for people who open the report or the model card and want to know if it is good.
 
-Losses are in nats per token on held-out text; `excess` is what a model loses against the dense one.
+Losses are in nats per token on the validation text; `excess` is what a model loses against the dense one.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from llm_streamline.records import Fit, LayerPlan, LinearFit, Loss, Manifest, Scores, Window, runs_of
 
 LOADERS = {"int8": "torchao", "w4a16": "compressed-tensors"}
-FEW_SEQUENCES = 8  # held-out sequences below which a loss is a rough figure
+FEW_SEQUENCES = 8  # validation sequences below which a loss is a rough figure
 # excess in nats -> word and sentence; 0.02 nats are 2 % of perplexity, 0.1 are 11 %, 0.3 are 35 %, 1 is 172 %
 GRADES = (
     (0.02, "good", "Hardly anything was lost"),
@@ -93,7 +93,7 @@ def stand_in(plan: LayerPlan) -> str:
 
 def cost(plan: LayerPlan, scores: Scores) -> str:
     dense, saved = perplexity(scores.dense.nats), perplexity(scores.saved.nats)
-    sentence = f"On held-out text, perplexity goes from {dense} to {saved} ({rise(scores, scores.saved)})"
+    sentence = f"On the validation text, perplexity goes from {dense} to {saved} ({rise(scores, scores.saved)})"
     if plan.merely_cut:
         return f"{sentence}."
     cut = perplexity(scores.cut.nats)

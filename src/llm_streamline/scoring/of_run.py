@@ -54,7 +54,7 @@ class Standing:
 
 
 def own_questions(blocks: Tensor, tokenizer: PreTrainedTokenizerBase, seed: int, folder: Path) -> list[Task]:
-    """Questions from the run's held-out blocks, kept in own-text.jsonl for later models; none where text is short."""
+    """Questions from the run's validation blocks, kept in own-text.jsonl for later models; none where text is short."""
     questions = continuation_questions(blocks, tokenizer, seed)
     if not questions:
         return []
