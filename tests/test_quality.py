@@ -293,6 +293,12 @@ def test_questions_are_of_every_piece_and_its_wrong_choices_of_other_documents(t
         continuation.main(str(tmp_path / "out.jsonl"), str(text))
 
 
+def test_how_questions_are_made_is_explained(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        continuation.main("--help")
+    assert "no word is in two" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_choices_that_share_a_forward_are_answered_as_alone(name, tmp_path, monkeypatch):
     folder, path = tiny.make_folder(tmp_path / "model", name), tmp_path / "questions.jsonl"

@@ -50,6 +50,12 @@ def test_published_figures_come_first(file):
     assert PUBLISHED.get(file.stem, "whose figures are not at hand") in " ".join(comment)
 
 
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
+def test_gradients_are_clipped_as_in_the_released_code(file):
+    recipe = make_recipe({}, file)
+    assert recipe.clip == {"lm": 1.0, "mse": 5.0}[recipe.loss]
+
+
 def shape_of(recipe: Recipe) -> ModelShape:
     total, layers = parameter_counts(without_weights(REAL[recipe.model][0]))
     return ModelShape(name=recipe.model, model_type="", total=total, layers=layers)
