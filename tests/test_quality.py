@@ -222,6 +222,8 @@ def test_rows_say_by_which_text_and_questions_and_take_no_others(llama_folder, t
     for add in (quality.add_rows, control.add_controls):
         with pytest.raises(SystemExit, match="another heldout;"):
             add(other)
+    with pytest.raises(SystemExit, match=r"dense.*another heldout;"):
+        quality.add_rows(argparse.Namespace(**{**vars(other), "methods": []}))
     (way.rows / f"dense{SUFFIX}").unlink()
     with pytest.raises(SystemExit, match=r"paper-2-0.*another heldout;"):
         quality.add_rows(other)
