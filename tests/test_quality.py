@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from bench import continuation, control, quality, quality_table, quality_tokens
+from bench import windows as bench_windows
 from bench.quality import METHODS, Judge, asked, described, learns_text
 from bench.quality_table import Compared, differences, read
 from bench.rows import SUFFIX, judged_by, read_row, write_row
 from llm_streamline.checkpoint import Source, load_model
+from llm_streamline.records import Window
 from tests import tiny
 
 DOCUMENTS = ((20.0, 10), (60.0, 30))  # nats, tokens
@@ -299,6 +301,12 @@ def test_how_questions_are_made_is_explained(capsys):
     with pytest.raises(SystemExit, match="0"):
         continuation.main("--help")
     assert "no word is in two" in capsys.readouterr().out
+
+
+def test_the_defaults_window_is_held_against_the_best_one():
+    losses = {Window(start=start, stop=start + 2): loss for start, loss in ((1, 3.5), (2, 3.2), (3, 3.25))}
+    told = bench_windows.beside_best(Window(start=3, stop=5), 3.0, losses)
+    assert told.endswith("3:5: 0.2500 nats over the dense model's 3.0000; the best is 2:4: 0.2000; 1.250 times")
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
