@@ -174,7 +174,8 @@ def test_what_cannot_be_asked_for_is_refused(values, sentence, recipe):
 
 def test_a_share_that_leaves_nothing_is_refused(recipe, tmp_path):
     with pytest.raises(UserError, match="leaves nothing for one of the two"):
-        run.compress(recipe(heal="all", heal_share=0.01, **{**WAY, "tokens": 640}), quiet(tmp_path))
+        run.compress(recipe(heal="all", heal_share=0.01, **{**WAY, "tokens": 640}), quiet(tmp_path / "out"))
+    assert not (tmp_path / "out").exists(), "it is refused before anything is measured"
 
 
 def test_layers_that_are_not_held_are_not_healed(recipe, tmp_path, monkeypatch):

@@ -8,9 +8,10 @@ import pytest
 from llm_streamline import charts, page, verdict
 from llm_streamline.analyze import analyze
 from llm_streamline.evaluation import Evaluation
-from llm_streamline.records import Loss, Manifest, Scores, Verification, Window
+from llm_streamline.records import LinearFit, Loss, Manifest, Scores, Verification, Window
 from tests import browser, evaluations, tiny
 from tests.test_families import plan_for
+from tests.test_rank import made
 from tests.test_report import fit
 
 VOID = {"meta", "link", "br", "img", "hr"}
@@ -209,6 +210,42 @@ def test_what_made_up_for_the_window_has_its_name(plan):
     assert "The replacement, with healing, brings back" in verdict.judge(healed, scores()).sentences[2]
     assert verdict.judge(alone, scores()).sentences[2].startswith("Healing brings back")
     assert "healing, makes it worse" in verdict.judge(healed, scores(cut=3.0, saved=3.5)).sentences[2]
+
+
+def test_each_part_of_the_text_is_told_for_what_it_was(manifest):
+    solved = LinearFit.model_construct(loss="nmse")
+    told = {
+        "trained": page.part_purposes(manifest.model_copy(update={"healing": manifest.fit})),
+        "solved": page.part_purposes(manifest.model_copy(update={"fit": solved, "healing": None})),
+        "healed": page.part_purposes(manifest.model_copy(update={"fit": None, "healing": manifest.fit})),
+        "cut": page.part_purposes(manifest.model_copy(update={"fit": None, "healing": None})),
+    }
+    training = {name: own["training"] for name, own in told.items()}
+    assert training == {
+        "trained": "teaches what stands in and what stays",
+        "solved": "teaches what stands in",
+        "healed": "teaches what stays",
+        "cut": "nothing learns from it",
+    }
+    assert told["trained"]["validation"] == told["healed"]["validation"]
+    assert told["trained"]["validation"] == "judges: chooses the best weights and gives the losses"
+    assert told["solved"]["validation"] == "judges: chooses the ridge and gives the losses"
+    assert told["cut"]["validation"] == "judges: gives the losses"
+
+
+def test_layers_that_go_outside_the_window_are_shaded_and_outlined_too(manifest, similarity):
+    plan = manifest.plan.model_copy(update={"dropped": [5]})
+    text = Reader(page.render(manifest.model_copy(update={"plan": plan}), similarity, "")).text
+    assert f"Shaded: the layers {plan.window}, 5:6, which are gone." in text
+    assert f"Outlined: the windows {plan.window}, " in text and "; 5:6, " in text
+
+
+def test_maps_are_told_of_where_some_were_fitted(manifest, similarity):
+    ranking = made()
+    assert "Maps are least squares" not in page.render(manifest, similarity, "", ranking=ranking)
+    fitted = {**ranking.winners, "replaceability": ranking.winners["patched"]}
+    mapped = page.render(manifest, similarity, "", ranking=ranking.model_copy(update={"winners": fitted}))
+    assert "Maps are least squares" in mapped
 
 
 def test_axes_have_round_ticks_within_their_ends():

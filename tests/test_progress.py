@@ -23,7 +23,7 @@ def test_elsewhere_a_line_now_and_then_says_how_long_is_left(monkeypatch, capsys
     with progress.progress("training", 10) as advance:
         advance(5, "loss 0.5")
         advance(5)
-    assert capsys.readouterr().err == "training 5/10, about 0 s left loss 0.5\n"
+    assert capsys.readouterr().err == "training 5/10 loss 0.5, about 0 s left\n"
 
 
 def test_quiet_is_quiet(capsys):

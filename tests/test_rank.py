@@ -320,7 +320,7 @@ def test_every_preset_keeps_the_papers_choice():
 
 
 def test_a_score_beside_a_given_window_and_unknown_scores_are_refused():
-    with pytest.raises(UserError, match="--select loss was given with --window, which leaves nothing to select"):
+    with pytest.raises(UserError, match="--select loss goes with no --window, which leaves nothing to select"):
         Recipe(model="m", window="1:4", select="loss")
     assert Recipe(model="m", window="1:4", preset="paper").select == "cosine"
     with pytest.raises(UserError, match="--select was given 'best'"):

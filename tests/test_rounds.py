@@ -124,7 +124,7 @@ def test_the_estimate_counts_the_rounds(recipe, tmp_path):
         ({"replace": "none"}, "--rounds 2 with --replace none has nothing to train"),
         (
             {"remove": None, "windows": 1, "select": None, "window": "1:3,4:6"},
-            "--rounds 2 choose at least one window each",
+            "--rounds 2 chooses windows one after the other, and --window names them",
         ),
     ],
 )

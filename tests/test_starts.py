@@ -10,6 +10,7 @@ from llm_streamline import oracle, run, selection
 from llm_streamline.errors import UserError
 from llm_streamline.families import layers_of
 from llm_streamline.forward import substituted
+from llm_streamline.recipe import Runtime
 from llm_streamline.records import Window
 from llm_streamline.replacement import build_replacement, fits
 from llm_streamline.starts import best_start, with_starts
@@ -51,7 +52,11 @@ def test_the_run_begins_with_it_and_says_so(replace, recipe, tmp_path, monkeypat
     monkeypatch.setattr("llm_streamline.starts.best_start", lambda work, window: 3)
     result = run.compress(recipe(replace=replace, lr=1e-9, min_lr=0.0, **WAY), quiet(tmp_path))
     assert result.plan.starts == [3] and result.plan.replaced() == [1] and result.verification.passed
-    assert "begins as layer 3" in run.describe(result.plan)
+    told = Workspace(recipe(replace=replace, **WAY), Runtime(compute="float32"))
+    with_starts(told, result.plan)
+    assert "what stands in for 1:5 begins as layer 3" in capsys.readouterr().err
+    with_starts(told, result.plan, result.plan)
+    assert "begins as" not in capsys.readouterr().err, "of an earlier round, it goes on from what has trained"
     work = Workspace(recipe(replace=replace, **WAY), quiet(tmp_path))
     begun = build_replacement(work.model, [1], "best", 0, replace, [3])
     with substituted(work.model, WINDOW, list(begun)), torch.no_grad():
@@ -76,7 +81,7 @@ def test_layers_on_the_disk_are_looked_through_only_where_asked(recipe, tmp_path
     monkeypatch.setattr("llm_streamline.starts.best_start", lambda work, window: 3)
     left, asked = (Workspace(recipe(init=init, **WAY), quiet(tmp_path, quiet=False)) for init in (None, "best"))
     assert with_starts(left, plan) == plan and "--init best looks for the best one anyway" in capsys.readouterr().err
-    assert with_starts(asked, plan).starts == [3] and not capsys.readouterr().err
+    assert with_starts(asked, plan).starts == [3] and "does not fit" not in capsys.readouterr().err
 
 
 def test_weights_of_other_shapes_cannot_begin(recipe, tmp_path, monkeypatch):

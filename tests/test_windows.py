@@ -263,7 +263,7 @@ def test_compress_with_two_windows(recipe, llama_folder, tmp_path):
             assert not torch.equal(value, source[f"model.layers.{plan.sources()[int(number)]}.{rest}"])
     card, page = (tmp_path / "model" / "README.md").read_text(), (tmp_path / "report.html").read_text()
     assert "0 **[1:3]** 3 **[4:6]**" in card and "its windows replaced by hooks" in " ".join(card.split())
-    assert "the windows 1:3, 4:6." in page and page.count('class="band"') == 2 == page.count('class="chosen"')
+    assert "the layers 1:3, 4:6, which" in page and page.count('class="band"') == 2 == page.count('class="chosen"')
     asked = run.standings(work, plan, RunFolder(tmp_path, work.recipe))
     assert asked[CUT].name.endswith(f"without {plan.plain_window}") and len(plan.plain_window) == 2
 

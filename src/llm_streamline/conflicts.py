@@ -36,17 +36,19 @@ def rates_that_rise(recipe: Recipe) -> str | None:
 
 def nothing_to_select(recipe: Recipe) -> str | None:
     if recipe.window is not None and recipe.select not in (None, "auto", "cosine"):
-        return f"--select {recipe.select} was given with --window, which leaves nothing to select; give one of them"
+        return f"--select {recipe.select} goes with no --window, which leaves nothing to select; give one of them"
     return None
 
 
 def windows_and_rounds(recipe: Recipe) -> str | None:
     if recipe.given and recipe.windows > 1:
         return f"--windows {recipe.windows} was given with --window, which names them; leave it out"
+    if recipe.given and recipe.rounds > 1:
+        return f"--rounds {recipe.rounds} chooses windows one after the other, and --window names them; leave one out"
     if recipe.rounds > recipe.windows:
         return (
             f"--rounds {recipe.rounds} choose at least one window each, and --windows is {recipe.windows}; give more "
-            "--windows or fewer rounds, and no --window"
+            "--windows or fewer rounds"
         )
     if recipe.rounds > 1 and not recipe.learns:
         return (

@@ -19,14 +19,9 @@ from llm_streamline.files import write_text
 from llm_streamline.oracle import MANIFEST
 from llm_streamline.ranking import RANKING, Ranking, confidences
 from llm_streamline.ranking import table as ranking_rows
-from llm_streamline.records import LayerPlan, LinearFit, Manifest, Scores, Similarity
+from llm_streamline.records import Fit, LayerPlan, LinearFit, Manifest, Scores, Similarity, runs_of
 
 PAGE = "report.html"
-_PARTS = {
-    "calibration": "measures similarity",
-    "training": "trains the replacement",
-    "validation": "judges: chooses the best weights and gives the losses",
-}
 
 
 def write_report(folder: Path) -> Path:
@@ -80,14 +75,12 @@ def render(
         before=source_layers(plan),
         after=plan.layer_map(),
         rows=score_rows(plan, scores),
-        data_parts=data_parts(manifest.data),
+        data_parts=data_parts(manifest),
         domains=manifest.data.get("domains", {}),
         recipe=recipe,
-        layer_chart=charts.layer_chart(similarity, plan.windows),
-        heat_map=charts.heat_map(similarity, plan.windows),
         trainings=[(title, one, charts.training_chart(one)) for title, one in trainings(manifest)],
         similarity=similarity,
-        outlined=cosines(similarity, plan),
+        **similarity_parts(similarity, plan),
         **ranking_parts(ranking),
     )
 
@@ -95,7 +88,9 @@ def render(
 def ranking_parts(ranking: Ranking | None) -> dict[str, Any]:
     """What the page says of the windows that were ranked; nothing where none were."""
     ranked = ranking and tables.Table(*ranking_rows(ranking), names=1)
-    return {"ranking": ranking, "ranked": ranked, "confidences": confidences(ranking) if ranking else ""}
+    mapped = ranking is not None and "replaceability" in ranking.winners
+    told = confidences(ranking) if ranking else ""
+    return {"ranking": ranking, "ranked": ranked, "mapped": mapped, "confidences": told}
 
 
 def render_evaluation(found: Evaluation) -> str:
@@ -176,16 +171,31 @@ def source_layers(plan: LayerPlan) -> list[tuple[int, bool]]:
     return [(layer, layer in plan.gone) for layer in range(plan.num_layers)]
 
 
-def cosines(similarity: Similarity, plan: LayerPlan) -> str:
-    """Of the ends of each window, with its standard error."""
-    named = [f"{one}, {similarity.of(one):.4f} ± {similarity.error_of(one):.4f}" for one in plan.windows]
-    return "; ".join(named)
+def similarity_parts(similarity: Similarity, plan: LayerPlan) -> dict[str, Any]:
+    """The charts of layers and windows with all that is gone marked, and the cosine of each run's ends."""
+    gone = runs_of(plan.gone)
+    named = [f"{one}, {similarity.of(one):.4f} ± {similarity.error_of(one):.4f}" for one in gone]
+    drawn = {"layer_chart": charts.layer_chart(similarity, gone), "heat_map": charts.heat_map(similarity, gone)}
+    return {**drawn, "gone": gone, "outlined": "; ".join(named)}
 
 
-def data_parts(data: dict[str, Any]) -> list[tuple[str, str, str, str, str]]:
+def data_parts(manifest: Manifest) -> list[tuple[str, str, str, str, str]]:
     """Name, purpose, blocks, tokens and the start of the hash of each part of the text."""
+    purposes = part_purposes(manifest)
     return [
-        (name, _PARTS[name], f"{part['blocks']:,}", f"{part['tokens']:,}", part["sha256"][:8])
-        for name, part in data.items()
-        if name in _PARTS
+        (name, purposes[name], f"{part['blocks']:,}", f"{part['tokens']:,}", part["sha256"][:8])
+        for name, part in manifest.data.items()
+        if name in purposes
     ]
+
+
+def part_purposes(manifest: Manifest) -> dict[str, str]:
+    """What each part of the text was for."""
+    stands, heals, maps = isinstance(manifest.fit, Fit), manifest.healing is not None, manifest.fit is not None
+    taught = [what for what, there in (("what stands in", maps), ("what stays", heals)) if there]
+    picks = "chooses the best weights and " if stands or heals else "chooses the ridge and " if maps else ""
+    return {
+        "calibration": "measures similarity",
+        "training": f"teaches {' and '.join(taught)}" if taught else "nothing learns from it",
+        "validation": f"judges: {picks}gives the losses",
+    }

@@ -72,6 +72,6 @@ def _lines(title: str, total: int) -> Advance:
         if now - last >= LINE_EVERY_S and finished < total:
             last = now
             left = (now - started) * (total - finished) / finished
-            say(f"{title} {finished}/{total}, about {left:.0f} s left {note}".rstrip())
+            say(f"{title} {f'{finished}/{total} {note}'.rstrip()}, about {left:.0f} s left")
 
     return advance

@@ -28,7 +28,7 @@ from llm_streamline.progress import say
 from llm_streamline.ranking import RANKING, Ranking
 from llm_streamline.recipe import Recipe, Runtime
 from llm_streamline.recipe_file import as_values
-from llm_streamline.records import Fit, Fitted, Inputs, LayerPlan, Manifest, Scores, Similarity, Verification
+from llm_streamline.records import Fit, Fitted, Inputs, LayerPlan, Manifest, Scores, Similarity, Verification, runs_of
 from llm_streamline.removal import check_request
 from llm_streamline.rounds import settle
 from llm_streamline.scoring.evaluate import evaluate as evaluate_request
@@ -161,9 +161,6 @@ def describe(plan: LayerPlan) -> str:
     fewer = 1 - plan.parameters_after / plan.parameters_before
     counts = f"parameters {plan.parameters_before:,} -> {plan.parameters_after:,} ({fewer:.1%} fewer)"
     lines = [f"{plan}: {plan.why}", counts]
-    if plan.starts:
-        begins = " and ".join(f"layer {start}" for start in plan.starts)
-        lines.append(f"what stands in begins as {begins}, with which alone in its window's place the loss is least")
     if plan.replace == "mlp":
         lines.append("the mlp's attention is silent but stays: on disk, in compute and in the KV cache it is a layer")
     if plan.heal != "none":
@@ -185,9 +182,9 @@ def draw_choice(similarity: Similarity, plan: LayerPlan, folder: RunFolder) -> N
     if not folder.has("similarity.png"):
         ranking = Ranking.read(folder.path / RANKING) if folder.has(RANKING) else None
         by_cosine = ranking.winners["cosine"].window if ranking else None
-        figures.draw_similarity(similarity, folder.file("similarity.png"), plan.windows, by_cosine)
+        figures.draw_similarity(similarity, folder.file("similarity.png"), runs_of(plan.gone), by_cosine)
     if not folder.has("heat-map.png"):
-        figures.draw_heat_map(similarity, folder.file("heat-map.png"), plan.windows)
+        figures.draw_heat_map(similarity, folder.file("heat-map.png"), runs_of(plan.gone))
 
 
 def assemble_model(work: Workspace, trained: Trained, similarity: Similarity, folder: RunFolder) -> Verification:

@@ -27,6 +27,10 @@ def with_starts(work: Workspace, plan: LayerPlan, before: LayerPlan | None = Non
         return plan
     known = dict(zip(before.windows, before.starts, strict=False)) if before else {}
     starts = [known[one] if one in known else best_start(work, one) for one in plan.windows]
+    for window, layer in zip(plan.windows, starts, strict=True):
+        if window not in known:
+            least = "with which alone in its place the loss is least"
+            say(f"what stands in for {window} begins as layer {layer}, {least}", work.runtime.quiet)
     return plan.model_copy(update={"starts": starts})
 
 

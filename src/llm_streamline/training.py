@@ -41,7 +41,7 @@ def check_training(work: Workspace) -> None:
     """Errors: UserError for rates and losses that cannot be, and for gradients through layers that are not held."""
     recipe, config = work.recipe, work.config
     sequences = (recipe.tokens or DEFAULT_TOKENS) * recipe.epochs // block_length(recipe, context_length(config))
-    healing = round(sequences * (recipe.heal_share if recipe.learns else 1)) if recipe.heals else 0
+    healing = healing_share(recipe, sequences)
     stages = ((recipe, "--loss", sequences - healing), (recipe.healing, "--heal-loss", healing))
     for one, flag, own in stages:
         if own:
@@ -138,15 +138,21 @@ def lessons(work: Workspace) -> tuple[Tensor, Tensor]:
     work.share()
     recipe = work.recipe
     blocks = torch.cat([shuffled(work.parts.training, seed) for seed in epoch_seeds(recipe)])
+    healing = healing_share(recipe, len(blocks))
+    return blocks[: len(blocks) - healing], blocks[len(blocks) - healing :]
+
+
+def healing_share(recipe: Recipe, sequences: int) -> int:
+    """How many of them healing has. Errors: UserError where it, or what stands in, would have none."""
     if not recipe.heals:
-        return blocks, blocks[:0]
-    healing = len(blocks) if not recipe.learns else round(len(blocks) * recipe.heal_share)
-    if not 0 < healing <= len(blocks) - recipe.learns:
+        return 0
+    healing = round(sequences * recipe.heal_share) if recipe.learns else sequences
+    if not 0 < healing <= sequences - recipe.learns:
         raise UserError(
-            f"--heal-share {recipe.heal_share:g} of {len(blocks)} sequences leaves nothing for one of the two "
+            f"--heal-share {recipe.heal_share:g} of {sequences} sequences leaves nothing for one of the two "
             "trainings; give more --tokens, or another share."
         )
-    return blocks[: len(blocks) - healing], blocks[len(blocks) - healing :]
+    return healing
 
 
 def _solved_on(work: Workspace) -> Tensor:
