@@ -14,8 +14,10 @@ BATCH, BOUND = 8, 0.6
 
 
 def run(compute: str) -> list[Finding]:
-    found = [_scored(load(compute), compute, length, blocks=32) for length in (1, 2, 3, 4, 5, 6)]
-    return found + [_scored(_deep(), compute, length, blocks=8) for length in (1, 8)]
+    model = load(compute)
+    found = [_scored(model, compute, length, blocks=32) for length in (1, 2, 3, 4, 5, 6)]
+    deep = _deep().to(model.dtype)
+    return found + [_scored(deep, compute, length, blocks=8) for length in (1, 8)]
 
 
 def _deep() -> PreTrainedModel:

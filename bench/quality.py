@@ -232,7 +232,7 @@ def leagues(options: argparse.Namespace) -> Iterator[argparse.Namespace]:
         yield from budgets(one)
 
 
-def missing(options: argparse.Namespace) -> list[Wanted]:
+def missing(options: argparse.Namespace, by: dict[str, str]) -> list[Wanted]:
     """The rows that were asked for and are not there, all methods of one seed and share in a row."""
     found, layers = [], load_config(Source(options.model)).num_hidden_layers
     for seed in options.seeds:
@@ -243,7 +243,6 @@ def missing(options: argparse.Namespace) -> list[Wanted]:
                 base["remove"] = asked(name, remove, layers)
                 found.append(Wanted(file, name, remove, seed, {**base, **values}))
     there = [one for one in found if one.file.exists()]
-    by = judged_by(heldout=options.heldout, questions=options.questions)
     for one in there:
         check_row(one.file, asked=described(one.values), judged_by=by)
     return [one for one in found if one not in there]
@@ -277,7 +276,7 @@ def add_rows(options: argparse.Namespace) -> None:
     options.rows.mkdir(parents=True, exist_ok=True)
     remember()
     judge = Judge(options.model, options.heldout, options.questions)
-    wanted = missing(options)
+    wanted = missing(options, judge.by)
     add_dense(options, judge)
     for number, one in enumerate(wanted):
         say(outlook(options.rows, wanted[number:]), False)

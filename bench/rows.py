@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import lzma
 import sys
 from pathlib import Path
 from typing import Any
 
-from llm_streamline.files import atomic
+from llm_streamline.files import atomic, sha256
 
 SUFFIX = ".json.xz"
 DIGITS = 7
@@ -28,11 +27,7 @@ def write_row(file: Path, row: dict[str, Any]) -> None:
 
 def judged_by(**files: Path | None) -> dict[str, str]:
     """Of each file its name and the beginning of its digest, as others have the same names; empty for none."""
-    return {key: f"{file.name} {_digest(file)}" if file else "" for key, file in files.items()}
-
-
-def _digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:12]
+    return {key: f"{file.name} {sha256(file.read_bytes())[:12]}" if file else "" for key, file in files.items()}
 
 
 def check_row(file: Path, **wanted: dict[str, str]) -> None:

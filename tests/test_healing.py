@@ -176,6 +176,8 @@ def test_a_share_that_leaves_nothing_is_refused(recipe, tmp_path):
     with pytest.raises(UserError, match="leaves nothing for one of the two"):
         run.compress(recipe(heal="all", heal_share=0.01, **{**WAY, "tokens": 640}), quiet(tmp_path / "out"))
     assert not (tmp_path / "out").exists(), "it is refused before anything is measured"
+    with pytest.raises(UserError, match="--tokens 8 is less than one block"):
+        run.compress(recipe(heal="all", **{**WAY, "tokens": 8}), quiet(tmp_path / "out"))
 
 
 def test_layers_that_are_not_held_are_not_healed(recipe, tmp_path, monkeypatch):

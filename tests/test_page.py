@@ -233,6 +233,16 @@ def test_each_part_of_the_text_is_told_for_what_it_was(manifest):
     assert told["cut"]["validation"] == "judges: gives the losses"
 
 
+def test_the_cut_is_told_for_what_it_is(manifest, similarity):
+    plan, alone = manifest.plan, "removed and nothing in their place"
+    other = plan.model_copy(update={"plain_window": Window(start=0, stop=2)})
+    assert verdict.cut(other) == f"layers 0:2 {alone}, chosen by cosine; by another score there may be a better cut"
+    own = plan.model_copy(update={"plain_window": plan.window, "replace": "none", "occupied": 0})
+    assert verdict.cut(own) == f"layers {plan.window} {alone}"
+    text = Reader(page.render(manifest.model_copy(update={"plan": other}), similarity, "")).text
+    assert f"Cut is the source with {verdict.cut(other)}." in text
+
+
 def test_layers_that_go_outside_the_window_are_shaded_and_outlined_too(manifest, similarity):
     plan = manifest.plan.model_copy(update={"dropped": [5]})
     text = Reader(page.render(manifest.model_copy(update={"plan": plan}), similarity, "")).text

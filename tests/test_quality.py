@@ -195,11 +195,11 @@ def test_rows_are_added_one_by_one_and_those_there_are_not_measured_again(llama_
 )
 def test_a_row_is_not_taken_for_that_of_another_text_or_budget(llama_folder, tmp_path, changes, told):
     way = options(tmp_path, llama_folder, tokens="500k", methods=["paper"], seeds=[0])
-    first = quality.missing(way)[0]
+    first = quality.missing(way, {})[0]
     write_row(first.file, {"method": "paper", "asked": described(first.values)})
-    assert quality.missing(way) == []
+    assert quality.missing(way, {}) == []
     with pytest.raises(SystemExit, match=told):
-        quality.missing(argparse.Namespace(**{**vars(way), **changes}))
+        quality.missing(argparse.Namespace(**{**vars(way), **changes}), {})
 
 
 def test_rows_say_by_which_text_and_questions_and_take_no_others(llama_folder, tmp_path, monkeypatch):

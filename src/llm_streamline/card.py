@@ -114,6 +114,8 @@ def card_text(manifest: Manifest, evaluation: Evaluation | None = None) -> str:
         rows=score_rows(plan, scores),
         trainings=trainings(manifest),
         notes=verdict.notes(manifest),
+        picked=verdict.picked(manifest),
+        cut=verdict.cut(plan),
         recipe=yaml.safe_dump(manifest.recipe, sort_keys=False),
         command=manifest.command or "(called from Python)",
     )

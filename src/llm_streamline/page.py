@@ -19,7 +19,7 @@ from llm_streamline.files import write_text
 from llm_streamline.oracle import MANIFEST
 from llm_streamline.ranking import RANKING, Ranking, confidences
 from llm_streamline.ranking import table as ranking_rows
-from llm_streamline.records import Fit, LayerPlan, LinearFit, Manifest, Scores, Similarity, runs_of
+from llm_streamline.records import LayerPlan, LinearFit, Manifest, Scores, Similarity, runs_of
 
 PAGE = "report.html"
 
@@ -67,6 +67,8 @@ def render(
         judged=verdict.judge(plan, scores),
         judged_tasks=[findings.sentence(found, saved)] if found and saved else [],
         notes=verdict.notes(manifest),
+        picked=verdict.picked(manifest),
+        cut=verdict.cut(plan),
         warnings=found.warnings if found else (),
         tiles=[*tiles(plan, scores), *(scoreboard.tiles(found, saved) if found and saved else [])],
         board=scoreboard.board(found) if found else None,
@@ -191,11 +193,10 @@ def data_parts(manifest: Manifest) -> list[tuple[str, str, str, str, str]]:
 
 def part_purposes(manifest: Manifest) -> dict[str, str]:
     """What each part of the text was for."""
-    stands, heals, maps = isinstance(manifest.fit, Fit), manifest.healing is not None, manifest.fit is not None
-    taught = [what for what, there in (("what stands in", maps), ("what stays", heals)) if there]
-    picks = "chooses the best weights and " if stands or heals else "chooses the ridge and " if maps else ""
+    learners = {"what stands in": manifest.fit, "what stays": manifest.healing}
+    taught, picked = [what for what, fit in learners.items() if fit], verdict.picked(manifest)
     return {
         "calibration": "measures similarity",
         "training": f"teaches {' and '.join(taught)}" if taught else "nothing learns from it",
-        "validation": f"judges: {picks}gives the losses",
+        "validation": f"judges: {f'chooses {picked} and ' if picked else ''}gives the losses",
     }

@@ -41,7 +41,7 @@ def check_training(work: Workspace) -> None:
     """Errors: UserError for rates and losses that cannot be, and for gradients through layers that are not held."""
     recipe, config = work.recipe, work.config
     sequences = (recipe.tokens or DEFAULT_TOKENS) * recipe.epochs // block_length(recipe, context_length(config))
-    healing = healing_share(recipe, sequences)
+    healing = healing_share(recipe, sequences) if sequences else 0  # too few tokens are refused where text is read
     stages = ((recipe, "--loss", sequences - healing), (recipe.healing, "--heal-loss", healing))
     for one, flag, own in stages:
         if own:

@@ -147,6 +147,21 @@ def _advice(plan: LayerPlan) -> str:
     return more if solved else "Train on more or other text, lower the learning rate"
 
 
+def picked(manifest: Manifest) -> str:
+    """What the validation part has chosen, besides giving the losses; empty where nothing was to choose."""
+    if isinstance(manifest.fit, Fit) or manifest.healing:
+        return "the best weights"
+    return "the ridge" if manifest.fit else ""
+
+
+def cut(plan: LayerPlan) -> str:
+    """What the merely cut model lacks, and by what that was chosen where it is not what the plan itself removes."""
+    named = f"layers {plan.plain_window} removed and nothing in their place"
+    if list(plan.plain_window.layers()) == plan.gone:
+        return named
+    return f"{named}, chosen by cosine; by another score there may be a better cut"
+
+
 def recovered(scores: Scores) -> float | None:
     """Share of the cut's excess loss that the replacement brings back; None where cutting costs nothing."""
     cut = scores.excess(scores.cut)
