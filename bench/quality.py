@@ -8,7 +8,7 @@ long the rest will take by the rows that are there (those of a second budget lie
 with its own text and questions in the same order, in ROWS/NAME); with OMP_NUM_THREADS=1 one for each core, with other
 --seeds each;
 `python -m bench.quality_table ROWS` prints what has come in. Rows that have been measured lie in `bench/measured`.
-All methods at both shares with three seeds take about 9.5 CPU hours for a model of 10 M parameters and 4.5 for the
+All methods at both shares with three seeds take about 10 CPU hours for a model of 10 M parameters and 5 for the
 bundled one: a night on two cores, one process each. `bench.control` adds the dense model trained on the same text.
 Without --heldout a row is judged on the validation part of the training text alone, which is what settings are chosen
 by.

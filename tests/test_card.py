@@ -8,7 +8,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard import metadata_load
 
 from llm_streamline import assemble as assemble_module
-from llm_streamline import card, oracle, run
+from llm_streamline import card, oracle, run, verdict
 from llm_streamline.evaluation import Evaluation
 from llm_streamline.recipe import Recipe, Runtime
 from llm_streamline.records import Manifest
@@ -66,6 +66,8 @@ def test_it_holds_scores_plan_recipe_command_and_versions(shorten, tmp_path):
     for words in (str(manifest.plan), manifest.plan.why, manifest.command, manifest.versions["torch"]):
         assert words in text, words
     assert "trust_remote_code" not in text
+    told = " ".join(text.split())
+    assert f"were not trained on. *Cut* is the source with {verdict.cut(manifest.plan)}." in told, "nothing was picked"
 
 
 def test_a_folder_with_code_of_its_own_says_how_to_load_it(shorten):
