@@ -26,6 +26,18 @@ def workspace(folder, memory="16GB", **changes) -> Workspace:
     return Workspace(Recipe(**values), Runtime(memory=memory, compute="float32", quiet=True))
 
 
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"loss": "kl:100000"}, "--loss kl:100000 is over more tokens"),
+        ({"heal": "all", "heal_share": 0.0001}, "leaves nothing for one of the two"),
+    ],
+)
+def test_lessons_that_a_run_refuses_are_not_estimated(values, sentence, llama_folder):
+    with pytest.raises(UserError, match=sentence):
+        preview.estimate_only(Recipe(model=str(llama_folder), block=32, tokens=3200, **values), Runtime(quiet=True))
+
+
 def stages(work, offloaded=False):
     return {stage.name: stage for stage in predict(sizes_of(work), offloaded, offloaded)}
 

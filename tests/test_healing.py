@@ -15,7 +15,7 @@ from llm_streamline import oracle, run, verdict
 from llm_streamline.errors import UserError
 from llm_streamline.estimate import predict
 from llm_streamline.heal import parse_heal
-from llm_streamline.preview import plan_only
+from llm_streamline.preview import estimate_only, plan_only
 from llm_streamline.recipe import Runtime
 from llm_streamline.records import Manifest
 from llm_streamline.sizes import sizes_of
@@ -94,10 +94,14 @@ def test_nothing_of_adapters_is_in_the_folder(recipe, tmp_path):
     assert "peft" not in (tmp_path / "model" / "config.json").read_text()
     manifest = Manifest.read(tmp_path / "model" / "streamline.json")
     assert manifest.tensors["healed"] == 3 * 7 and manifest.tensors["kept"] + manifest.tensors["renamed"] > 0
-    sentence = verdict.healed("lora", 21)
+    sentence = verdict.healed(manifest.plan, 21)
     page, card = (tmp_path / "report.html").read_text(), (tmp_path / "model" / "README.md").read_text()
     assert html.escape(sentence, quote=True) in page.replace("&#39;", "&#x27;") and sentence in card
     assert "Healing the rest" in page and "Healing the rest" in card
+    assert "replaced, 21 healed.</li>" in page, "so that the source's tensors add up"
+    assert "besides the replacement's" in sentence
+    alone = manifest.plan.model_copy(update={"occupied": 0, "replace": "none"})
+    assert verdict.healed(alone, 21) == "Healed (lora): 21 tensors are not the source's any more."
 
 
 def test_a_healed_model_loads_and_writes_where_neither_peft_nor_this_tool_is(recipe, tmp_path):
@@ -178,6 +182,15 @@ def test_a_share_that_leaves_nothing_is_refused(recipe, tmp_path):
     assert not (tmp_path / "out").exists(), "it is refused before anything is measured"
     with pytest.raises(UserError, match="--tokens 8 is less than one block"):
         run.compress(recipe(heal="all", **{**WAY, "tokens": 8}), quiet(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("heal", ["last:6", "layers:100"])
+def test_more_layers_than_there_are_are_refused(heal, recipe, tmp_path):
+    with pytest.raises(UserError, match=f"--heal {heal} names .* layers of a model with 6"):
+        run.compress(recipe(heal=heal, **WAY), quiet(tmp_path / "out"))
+    with pytest.raises(UserError, match=f"--heal {heal} names .* layers of a model with 6"):
+        estimate_only(recipe(heal=heal), quiet(tmp_path))
+    assert not (tmp_path / "out").exists()
 
 
 def test_layers_that_are_not_held_are_not_healed(recipe, tmp_path, monkeypatch):

@@ -336,6 +336,15 @@ def test_the_validation_part_has_no_say(llama_folder, text_file):
     assert selection.decide(one, run.measure(one)) == selection.decide(other, run.measure(other))
 
 
+def test_few_sequences_are_named(llama_folder, text_file, tmp_path, capsys):
+    command = ["analyze", str(llama_folder), "--data", str(text_file), "-o", str(tmp_path), "--block", "16"]
+    cli.main([*command, "--calibration-tokens", "16"])
+    said = " ".join(capsys.readouterr().err.split())
+    assert "warning: the calibration part is 2 sequences, of which standard errors and halves say little" in said
+    cli.main([*command, "--calibration-tokens", "64"])
+    assert "warning" not in capsys.readouterr().err
+
+
 def test_the_plan_alone_and_the_run_decide_alike_and_a_run_is_continued(llama_folder, text_file, tmp_path, monkeypatch):
     monkeypatch.setattr(assemble_module, "verify", oracle.check)  # in this process
     recipe = work(llama_folder, text_file, replace="none", select="loss").recipe
@@ -367,7 +376,14 @@ def test_analysis_ranks_where_a_removal_is_named(llama_folder, text_file, tmp_pa
     cli.main([*command, "-o", str(tmp_path / "ranked")])
     assert not (tmp_path / "ranked" / "ranking.json").exists(), "of a length that was not asked for"
     cli.main([*command[:-1], "-o", str(tmp_path / "last"), "--remove", "1", "--select", "last"])
-    assert "no windows are ranked by loss" in capsys.readouterr().err
+    assert "no windows are ranked: 3:5 is the only one that may go" in capsys.readouterr().err
+    cli.main([*command[:-1], "-o", str(tmp_path / "single"), "--select", "influence", "--replace", "none"])
+    assert "ranked: --select influence takes single layers" in capsys.readouterr().err
+    assert not [*(tmp_path / "last").glob("ranking.json"), *(tmp_path / "single").glob("ranking.json")]
+    cli.main([*command, "-o", str(tmp_path / "cosine"), "--remove", "1", "--select", "cosine"])
+    kept = Ranking.read(tmp_path / "cosine" / "ranking.json")
+    assert kept.by == "cosine" and len(kept.candidates) > 1
+    assert f"compress would take {kept.winner.window}: cosine decides" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         cli.main([*command, "-o", str(tmp_path / "none"), "--remove", "40"])
     assert "leaves no layer" in capsys.readouterr().err and not list((tmp_path / "none").glob("*.json"))

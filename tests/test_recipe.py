@@ -9,7 +9,7 @@ from llm_streamline.conflicts import without_effect
 from llm_streamline.errors import UserError
 from llm_streamline.objective import LOSS
 from llm_streamline.presets import PRESETS
-from llm_streamline.quantities import parse_count
+from llm_streamline.quantities import counted, parse_count
 from llm_streamline.recipe import Recipe, Runtime
 from llm_streamline.recipe_file import changed_keys, make_recipe, to_yaml
 
@@ -19,6 +19,10 @@ from llm_streamline.recipe_file import changed_keys, make_recipe, to_yaml
 )
 def test_counts(text, count):
     assert parse_count(text) == count
+
+
+def test_one_of_a_thing_is_no_several():
+    assert [counted(number, "layer") for number in (0, 1, 2000)] == ["0 layers", "1 layer", "2,000 layers"]
 
 
 @pytest.mark.parametrize("text", ["1.5", "0.6", "1.2345k"])

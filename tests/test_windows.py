@@ -335,8 +335,10 @@ def test_what_cannot_be_asked_for_is_refused(values, sentence, recipe):
             {"remove": "4", "windows": 2},
             "6 in 2 windows, one between any two, of 8 layers would take",
         ),
+        ({"windows": 3}, "--windows 3 do not fit in 8 layers, .*; give at most 2"),
+        ({"remove": "5", "windows": 4, "replace": "none"}, "--windows 4 do not fit in 8 layers, .*; give at most 3"),
         ({"window": "1:3,6:8"}, "--window 6:8 takes protected layers"),
-        ({"window": "1:3,5:6"}, "--window 5:6 has 1 layers and --replace layer puts 1"),
+        ({"window": "1:3,5:6"}, "--window 5:6 has 1 layer and --replace layer puts 1"),
         ({"max_params": 130, "windows": 2}, "cannot be reached"),
     ],
 )

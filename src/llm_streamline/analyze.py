@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -39,44 +40,49 @@ def analyze(
     states go through a file in `scratch`. Each process of `world` takes its share of the batches. Errors: UserError
     for non-finite states, or a disk that is full.
     """
-    batches = world.share(blocks.split(batch))  # whole batches, so that each is computed as one process would
-    firsts = world.share(range(0, len(blocks), batch))
-    masks = None if mask is None else world.share(mask.split(batch))
-    sums = world.attempt(lambda: _summed(model, batches, firsts, masks, quiet, scratch))
+    parts = [
+        _Part(first, ids, None if mask is None else mask[first : first + batch])
+        for first, ids in zip(range(0, len(blocks), batch), blocks.split(batch), strict=True)
+    ]
+    own = world.share(parts)  # whole batches, so that each is computed as one process would
+    sums = world.attempt(lambda: _summed(model, own, quiet, scratch))
     sums.add_up(world)
     return sums.result(tokens=blocks.numel() if mask is None else int(mask.sum()))
 
 
-def _summed(
-    model: PreTrainedModel,
-    batches: Sequence[Tensor],
-    firsts: Sequence[int],
-    masks: Sequence[Tensor] | None,
-    quiet: bool,
-    scratch: Path | None,
-) -> _Sums:
-    """Over the sequences of these batches, of which there may be none; `firsts` are the numbers of their first ones."""
+@dataclass(frozen=True)
+class _Part:
+    """A micro-batch (B, T) of token ids, the number of its first sequence, and which tokens count, if not all."""
+
+    first: int
+    ids: Tensor
+    mask: Tensor | None
+
+    @property
+    def counts(self) -> Tensor:
+        return torch.ones_like(self.ids) if self.mask is None else self.mask
+
+
+def _summed(model: PreTrainedModel, parts: Sequence[_Part], quiet: bool, scratch: Path | None) -> _Sums:
+    """Over the sequences of these micro-batches, of which there may be none."""
     sums = _Sums(len(layers_of(model)) + 1)
-    if masks is None and is_offloaded(model):
-        states = spooled(model, batches, scratch)
+    if is_offloaded(model) and all(part.mask is None for part in parts):
+        states = spooled(model, [part.ids for part in parts], scratch)
     else:
-        states = _recorded(model, batches, masks)
-    counted = [torch.ones_like(ids) for ids in batches] if masks is None else masks
-    with progress("analyzing", sum(map(len, batches)), quiet) as advance:
-        for found, counts, first in zip(states, counted, firsts, strict=True):
-            sums.add(*_pairwise(found, counts.to(model.device)), first)
-            advance(len(counts), "sequences")
+        states = _recorded(model, parts)
+    with progress("analyzing", sum(len(part.ids) for part in parts), quiet) as advance:
+        for found, part in zip(states, parts, strict=True):
+            sums.add(*_pairwise(found, part.counts.to(model.device)), part.first)
+            advance(len(part.ids), "sequences")
     return sums
 
 
-def _recorded(
-    model: PreTrainedModel, batches: Sequence[Tensor], masks: Sequence[Tensor] | None
-) -> Iterator[list[Tensor]]:
+def _recorded(model: PreTrainedModel, parts: Sequence[_Part]) -> Iterator[list[Tensor]]:
     """The states at all boundaries, a micro-batch at a time."""
     with _Recorder(model).attached() as recorder:
-        for number, ids in enumerate(batches):
-            counts = None if masks is None or bool(masks[number].all()) else masks[number].to(model.device)
-            run_until_stopped(model, ids.to(model.device, torch.long), counts)
+        for part in parts:
+            counts = None if part.mask is None or bool(part.mask.all()) else part.mask.to(model.device)
+            run_until_stopped(model, part.ids.to(model.device, torch.long), counts)
             yield recorder.take()
 
 

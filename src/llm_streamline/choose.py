@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from llm_streamline.errors import UserError
+from llm_streamline.quantities import counted
 from llm_streamline.ranking import NAMES, Ranking, disagreement
 from llm_streamline.recipe import Recipe
 from llm_streamline.records import LayerPlan, ModelShape, Similarity, Window, runs_of
@@ -157,13 +158,14 @@ def _why(similarity: Similarity, ranked: Sequence[Window], recipe: Recipe) -> st
     """The reason for the first of some windows, with its runner-up and whether the two can be told apart."""
     window = ranked[0]
     best = f"cosine {similarity.of(window):.4f} ± {similarity.error_of(window):.4f}"
+    length = counted(len(window), "layer")
     if recipe.select == "last":
-        return f"the highest window of {len(window)} layers below the protected end, as --select last asks ({best})"
+        return f"the highest window of {length} below the protected end, as --select last asks ({best})"
     if len(ranked) == 1:
-        return f"the only window of {len(window)} layers between the protected ends ({best})"
+        return f"the only window of {length} between the protected ends ({best})"
     second = ranked[1]
     return (
-        f"the most similar of {len(ranked)} windows of {len(window)} layers ({best}; next {second} with "
+        f"the most similar of {len(ranked)} windows of {length} ({best}; next {second} with "
         f"{similarity.of(second):.4f} ± {similarity.error_of(second):.4f}{_of_halves(similarity, ranked)})"
     )
 
@@ -190,6 +192,6 @@ def why_ranked(ranking: Ranking) -> str:
         details.append(f"next {found.runner_up}, worse by {found.margin.value:.4f} ± {found.margin.se:.4f}")
     details.append(f"the same in {found.confidence:.0%} of random halves of {ranking.sequences} sequences")
     return (
-        f"the {most} {NAMES[ranking.by]} among {among} windows of {len(found.window)} layers ({'; '.join(details)}); "
-        f"{disagreement(ranking)}"
+        f"the {most} {NAMES[ranking.by]} among {among} windows of {counted(len(found.window), 'layer')} "
+        f"({'; '.join(details)}); {disagreement(ranking)}"
     )

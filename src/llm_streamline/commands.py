@@ -68,7 +68,8 @@ def sweep(recipe: Recipe, runtime: Runtime) -> None:
 def analyze(recipe: Recipe, runtime: Runtime) -> None:
     """Measure how little every run of layers changes the hidden state.
 
-    With --remove, --max-params or --select, also what each window of that length would cost, by every score.
+    With --remove, --max-params or --select, also what each window of that length would cost, by every score, where
+    several may go and the model fits in memory or a score is named.
     """
     from llm_streamline import preview, report
 

@@ -14,7 +14,7 @@ from llm_streamline.checkpoint import round_weights
 from llm_streamline.errors import UserError
 from llm_streamline.heal import HEAD, Heal, parse_heal
 from llm_streamline.progress import say
-from llm_streamline.records import Fit, LayerPlan, Window
+from llm_streamline.records import Fit, LayerPlan, ModelShape, Window
 from llm_streamline.replacement import ReplacementLayers
 from llm_streamline.snapshot import Snapshot
 from llm_streamline.student import check_installed, in_experts, split, student_of
@@ -31,10 +31,21 @@ SNAPSHOT = "healing.safetensors"
 def check_healing(work: Workspace) -> None:
     """Errors: UserError where the layers that are to be trained cannot be held, or what trains them is not here."""
     check_installed(work.recipe.heal)
+    check_size(work.recipe.heal, work.shape)
     if work.recipe.heals and (work.offloads or work.estimate.writes_offloaded):
         raise UserError(
             f"--heal {work.recipe.heal} trains layers that have to be held in memory, and {work.recipe.model} does not "
             f"fit in {work.room / 1e9:.1f} GB; leave it out, or use a machine with more."
+        )
+
+
+def check_size(text: str, shape: ModelShape) -> None:
+    """Errors: UserError where `--heal` names more layers than there are."""
+    wanted = parse_heal(text)
+    if wanted and wanted.kind in ("layers", "last") and wanted.size >= shape.num_layers:
+        raise UserError(
+            f"--heal {text} names {wanted.size} layers of a model with {shape.num_layers}, some of which go; give "
+            "fewer, or --heal all."
         )
 
 

@@ -9,7 +9,7 @@ from llm_streamline import figures
 from llm_streamline.errors import Dismissed, UserError
 from llm_streamline.estimate import Estimate
 from llm_streamline.files import remove, remove_leftovers
-from llm_streamline.healing import check_heals
+from llm_streamline.healing import check_heals, check_size
 from llm_streamline.lock import run_lock
 from llm_streamline.parallel import World
 from llm_streamline.probe import probe, timed
@@ -17,10 +17,11 @@ from llm_streamline.progress import say
 from llm_streamline.ranking import RANKING, Ranking
 from llm_streamline.recipe import Recipe, Runtime
 from llm_streamline.records import LayerPlan, Similarity
-from llm_streamline.removal import check_protected, check_request
+from llm_streamline.removal import candidates, check_protected, check_request
 from llm_streamline.run import check_all, measure
 from llm_streamline.selection import decide, deciding, ranked
 from llm_streamline.sizes import sizes_of
+from llm_streamline.training import check_lessons
 from llm_streamline.workspace import RunFolder, Workspace, output_folder, own_contents
 
 ANALYSIS_FILES = {"similarity.json", "similarity.png", "heat-map.png", RANKING}
@@ -48,6 +49,8 @@ def estimate_only(recipe: Recipe, runtime: Runtime) -> Estimate:
     """What the run would take, with its seconds; nothing is written, and no weights or text are read."""
     work = Workspace(recipe, runtime)
     check_request(work.shape, work.recipe)
+    check_lessons(work)
+    check_size(recipe.heal, work.shape)
     sizes = sizes_of(work, work.estimate.offloaded)
     rates = probe(work.config, sizes, work.compute_dtype, work.device, recipe)
     return timed(work.estimate, sizes, rates)
@@ -78,13 +81,22 @@ def analyze_model(recipe: Recipe, runtime: Runtime) -> tuple[Similarity, Ranking
 
 
 def ranking_of(work: Workspace, recipe: Recipe) -> Ranking | None:
-    """Of the windows that the recipe's removal leaves, unless it asks for none, or for cosine alone."""
+    """Of the windows that the recipe's removal leaves; None where it asks for none, or there are not several."""
     if not asks_for_windows(recipe):
         return None
-    by = work.world.led(lambda: deciding(work, recipe))
-    if not by:
-        say("no windows are ranked by loss, as none is chosen by it", work.runtime.quiet)
+    if why := work.world.led(lambda: nothing_to_rank(work, recipe)):
+        say(f"no windows are ranked: {why}", work.runtime.quiet)
+        return None
+    by = work.world.led(lambda: "cosine" if recipe.select == "cosine" else deciding(work, recipe))
     return by and ranked(work, recipe, by)
+
+
+def nothing_to_rank(work: Workspace, recipe: Recipe) -> str | None:
+    """Why there are no windows to tell apart; None where there are."""
+    if recipe.scattered:
+        return f"--select {recipe.select} takes single layers, which compress --dry-run names"
+    found = candidates(work.shape, recipe)
+    return f"{found[0]} is the only one that may go" if len(found) == 1 else None
 
 
 def asks_for_windows(recipe: Recipe) -> bool:

@@ -1,4 +1,4 @@
-"""Numbers as people write them: counts (250k), sizes (3GB) and times (5m)."""
+"""Numbers as people write them: counts (250k), sizes (3GB) and times (5m), and how many there are of a thing."""
 
 from __future__ import annotations
 
@@ -13,6 +13,11 @@ _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*([smh]?)", re.IGNORECASE)
 _SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt])?(i)?b?", re.IGNORECASE)
 _SCALE = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
+
+
+def counted(number: int, thing: str) -> str:
+    """'1 layer', '4 layers', '1,000 layers'."""
+    return f"{number:,} {thing}" if number == 1 else f"{number:,} {thing}s"
 
 
 def parse_count(value: Any) -> Any:

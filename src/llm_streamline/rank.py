@@ -21,6 +21,7 @@ from llm_streamline.layerwise import Layerwise
 from llm_streamline.moments import Moments
 from llm_streamline.parallel import ALONE, World
 from llm_streamline.progress import progress
+from llm_streamline.quantities import counted
 from llm_streamline.ranking import HALVINGS, SCORES, SHORTLIST, By, Candidate, Ranking, Score, Winner
 from llm_streamline.records import Window
 
@@ -146,7 +147,7 @@ class _Stage:
             found.put("relative", window, part, (_norm(other - one) / _norm(one)).mean(dim=1))
             return entering
 
-        self._run(f"deleting {len(windows)} windows", windows, bridge, found, ("loss", "kl"))
+        self._run(f"deleting {counted(len(windows), 'window')}", windows, bridge, found, ("loss", "kl"))
         return found.add_up(self.world)
 
     def patched(self, windows: Sequence[Window], replay: bool) -> _Found:
@@ -163,7 +164,7 @@ class _Stage:
             found.put("replaceability", window, part, left, (weight * change.square().sum(dim=-1)).sum(dim=1))
             return (one + guess).to(entering.dtype) if replay else None
 
-        self._run(f"judging {len(windows)} maps", windows, bridge, found, scores[1:])
+        self._run(f"judging {counted(len(windows), 'map')}", windows, bridge, found, scores[1:])
         return found.add_up(self.world)
 
     def fitted(self, windows: Sequence[Window]) -> Maps:
@@ -175,7 +176,7 @@ class _Stage:
             change = leaving.float() - entering.float()
             sums[window][part.half].add(entering.float(), change, _weight(leaving))
 
-        self._run(f"fitting {len(windows)} maps", windows, bridge, None, ())
+        self._run(f"fitting {counted(len(windows), 'map')}", windows, bridge, None, ())
         for moments in (one for pair in sums.values() for one in pair):
             self.world.sum_(moments.xx), self.world.sum_(moments.xy)
         device = self.layers.model.device

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 
 from llm_streamline.errors import UserError
+from llm_streamline.quantities import counted
 from llm_streamline.recipe import Recipe
 from llm_streamline.records import ModelShape, Window
 from llm_streamline.staying import gone, last_ones, leaving_each, refuse_lacking
@@ -62,13 +63,13 @@ def single_layers(shape: ModelShape, recipe: Recipe, taken: Sequence[int]) -> li
 
 def net_layers(recipe: Recipe, shape: ModelShape) -> int:
     """How many net layers go. A percentage is of L, rounded half up. Errors: UserError."""
+    check_room(shape, recipe)
     if recipe.max_params is not None:
         return _layers_for(recipe.max_params, shape, recipe)
-    asked = recipe.remove or DEFAULT_REMOVE
+    layers, asked = shape.num_layers, recipe.remove or DEFAULT_REMOVE
     match = re.fullmatch(r"(\d+(?:\.\d+)?)(%?)", asked.strip())
     if not match or (not match[2] and "." in match[1]):
         raise UserError(f"--remove {asked} is no number of layers; give one such as 8, or a share such as 25%.")
-    layers = shape.num_layers
     unit = _unit(shape, recipe)
     net = int(float(match[1]) * layers / 100 / unit + 0.5) * unit if match[2] else int(match[1])
     if net % unit:
@@ -88,6 +89,17 @@ def net_layers(recipe: Recipe, shape: ModelShape) -> int:
     if net > _most(layers, recipe):
         raise UserError(too_long(net + recipe.occupied, layers, recipe))
     return net
+
+
+def check_room(shape: ModelShape, recipe: Recipe) -> None:
+    """Errors: UserError where so many windows do not fit, each of one net layer and one layer between any two."""
+    free = shape.num_layers - recipe.protect_first - recipe.protect_last
+    most = (free + 1) // (recipe.each + 2)
+    if 1 <= most < recipe.count:
+        raise UserError(
+            f"--windows {recipe.count} do not fit in {shape.num_layers} layers, with one net layer of each, what "
+            f"stands in, one layer between any two and the protected ends; give at most {most}."
+        )
 
 
 def _unit(shape: ModelShape, recipe: Recipe) -> int:
@@ -173,7 +185,7 @@ def _check_given(window: Window, recipe: Recipe, shape: ModelShape) -> None:
         )
     if len(window) <= recipe.each:
         raise UserError(
-            f"--window {window} has {len(window)} layers and --replace {recipe.replace} puts {recipe.each} "
+            f"--window {window} has {counted(len(window), 'layer')} and --replace {recipe.replace} puts {recipe.each} "
             "in their place, so nothing is removed; give a longer window."
         )
     if (len(window) - recipe.each) % shape.period:

@@ -11,6 +11,7 @@ from llm_streamline.answers import FEWEST_EFFECTIVE, SIGNIFICANCE, Stability
 from llm_streamline.card import score_rows
 from llm_streamline.comparison import saved_of
 from llm_streamline.findings import sentence, sentences
+from llm_streamline.quantities import counted
 from llm_streamline.ranking import NAMES, Ranking, confidences, disagreement
 from llm_streamline.ranking import table as ranking_rows
 from llm_streamline.records import Fit, LayerPlan, LinearFit, Scores, Similarity, Window
@@ -144,7 +145,7 @@ def summary_lines(result: Result) -> list[str]:
 
 def _training_line(fit: Fit) -> str:
     return (
-        f"{fit.trained_parameters:,} parameters on {fit.tokens:,} tokens in {fit.steps} steps; "
+        f"{fit.trained_parameters:,} parameters on {fit.tokens:,} tokens in {counted(fit.steps, 'step')}; "
         f"{fit.measure} {fit.validation_before:.5f} -> {fit.validation_best:.5f} (step {fit.best_step})"
     )
 

@@ -25,6 +25,7 @@ from llm_streamline.oracle import MANIFEST, versions
 from llm_streamline.page import PAGE, write_evaluation_report, write_report
 from llm_streamline.parallel import World
 from llm_streamline.progress import say
+from llm_streamline.quantities import counted
 from llm_streamline.ranking import RANKING, Ranking
 from llm_streamline.recipe import Recipe, Runtime
 from llm_streamline.recipe_file import as_values
@@ -41,6 +42,7 @@ from llm_streamline.training import check_training, earlier_fits, load_replaceme
 from llm_streamline.workspace import RunFolder, Workspace, output_folder
 
 NO_TASKS = "none"
+FEWEST = 4  # sequences that can be halved and still be several
 
 
 class Trained(NamedTuple):
@@ -175,6 +177,13 @@ def measure(work: Workspace) -> Similarity:
     work.share()  # before the model is read, so that unusable text is refused first
     model, scratch = work.world.attempt(lambda: (work.model, work.scratch if work.offloads else None))
     calibration, batch = work.parts.calibration, work.batch(memory.FORWARD_TOKENS)
+    if len(calibration) < FEWEST:
+        few = counted(len(calibration), "sequence")
+        say(
+            f"warning: the calibration part is {few}, of which standard errors and halves say little; give more text, "
+            "or a shorter --block",
+            work.runtime.quiet,
+        )
     return analyze(model, calibration, batch, quiet=work.runtime.quiet, scratch=scratch, world=work.world)
 
 

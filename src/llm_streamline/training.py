@@ -21,6 +21,7 @@ from llm_streamline.merging import MERGED, merged_layers
 from llm_streamline.optimizers import optimizer_for
 from llm_streamline.passages import Passages, passages_of
 from llm_streamline.progress import say
+from llm_streamline.quantities import counted
 from llm_streamline.recipe import Recipe
 from llm_streamline.records import Fit, Fitted, LayerPlan
 from llm_streamline.replace import SOLVED
@@ -38,7 +39,18 @@ ROUNDS = "rounds"  # what rounds before the last have chosen and trained
 
 
 def check_training(work: Workspace) -> None:
-    """Errors: UserError for rates and losses that cannot be, and for gradients through layers that are not held."""
+    """Errors: UserError for lessons that cannot be, and for gradients through layers that are not held."""
+    check_lessons(work)
+    recipe = work.recipe
+    if recipe.count > 1 and recipe.occupied and work.offloads:
+        raise UserError(
+            f"{recipe.count} windows are trained through the layers between them, which have to be held in memory, and "
+            f"{recipe.model} does not fit in {work.room / 1e9:.1f} GB; remove one window, or use a machine with more."
+        )
+
+
+def check_lessons(work: Workspace) -> None:
+    """Errors: UserError for rates, losses and shares of the tokens that cannot be, on whatever machine."""
     recipe, config = work.recipe, work.config
     sequences = (recipe.tokens or DEFAULT_TOKENS) * recipe.epochs // block_length(recipe, context_length(config))
     healing = healing_share(recipe, sequences) if sequences else 0  # too few tokens are refused where text is read
@@ -47,11 +59,6 @@ def check_training(work: Workspace) -> None:
         if own:
             rates(one, config.hidden_size, optimizer_for(one, own))
             one.objective.check(config.vocab_size, flag)
-    if recipe.count > 1 and recipe.occupied and work.offloads:
-        raise UserError(
-            f"{recipe.count} windows are trained through the layers between them, which have to be held in memory, and "
-            f"{recipe.model} does not fit in {work.room / 1e9:.1f} GB; remove one window, or use a machine with more."
-        )
 
 
 def weights_of(recipe: Recipe, turn: int) -> str:
@@ -163,9 +170,10 @@ def _solved_on(work: Workspace) -> Tensor:
 
 def announce(title: str, training: Tensor, settings: Settings, quiet: bool) -> None:
     steps = -(-len(training) // (settings.batch * settings.accumulate))
+    size = f"{counted(settings.batch * settings.accumulate, 'sequence')} of {training.shape[1]} tokens"
     say(
-        f"{title} on {training.numel():,} tokens: {steps} steps of {settings.batch * settings.accumulate} sequences "
-        f"of {training.shape[1]} tokens, learning rate {settings.lr:g} to {settings.min_lr:g}",
+        f"{title} on {training.numel():,} tokens: {counted(steps, 'step')} of {size}, "
+        f"learning rate {settings.lr:g} to {settings.min_lr:g}",
         quiet,
     )
 

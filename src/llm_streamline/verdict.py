@@ -186,9 +186,10 @@ def solved(fit: LinearFit) -> str:
     return f"{found}, {fit.validation_unexplained:.1%} of what the window adds is left unexplained"
 
 
-def healed(heal: str, tensors: int) -> str:
+def healed(plan: LayerPlan, tensors: int) -> str:
     """What healing has left of the source, in a sentence."""
-    return f"Healed ({heal}): {tensors} tensors besides the replacement's are not the source's any more."
+    besides = " besides the replacement's" if plan.occupied or plan.folded is not None else ""
+    return f"Healed ({plan.heal}): {tensors} tensors{besides} are not the source's any more."
 
 
 def notes(manifest: Manifest) -> list[str]:
@@ -214,7 +215,7 @@ def notes(manifest: Manifest) -> list[str]:
     if manifest.healing and manifest.healing.best_step == 0:
         found.append("Healing did not improve the model; it is saved as it was before.")
     elif manifest.healing:
-        found.append(healed(plan.heal, manifest.tensors["healed"]))
+        found.append(healed(plan, manifest.tensors["healed"]))
     if plan.replace == "mlp":
         found.append("The mlp's attention is silent but stays: on disk, in compute and in the KV cache it is a layer.")
     return found + on_loading(manifest)
