@@ -149,7 +149,7 @@ def test_whole_periods_go_from_each_place():
     ("recipe", "words"),
     [
         ({"remove": "2"}, "--remove 2 with --for gguf is no multiple of 3, .*; give one, such as 3"),
-        ({"remove": "3", "windows": 2}, "no multiple of 6"),
+        ({"remove": "3", "windows": 2}, "--windows 2 do not fit in 8 layers, with 3 net layers of each, .* at most 1"),
         ({"window": "2:5"}, "--window 2:5 with --for gguf removes 2 net, no multiple of the 3 layers"),
         ({"remove": "3", "select": "influence", "replace": "none"}, "needs 3 in a row to go"),
     ],
@@ -157,6 +157,9 @@ def test_whole_periods_go_from_each_place():
 def test_parts_of_periods_are_refused(recipe, words):
     with pytest.raises(UserError, match=words):
         check_request(PERIODIC, Recipe(model="m", **recipe))
+    longer = PERIODIC.model_copy(update={"layers": [10] * 12})
+    with pytest.raises(UserError, match="no multiple of 6"):
+        check_request(longer, Recipe(model="m", remove="3", windows=2))
 
 
 HYBRID = SHAPE.model_copy(update={"sorts": [[3, 5], [0, 1, 2, 4, 6, 7]]})

@@ -38,6 +38,11 @@ def test_lessons_that_a_run_refuses_are_not_estimated(values, sentence, llama_fo
         preview.estimate_only(Recipe(model=str(llama_folder), block=32, tokens=3200, **values), Runtime(quiet=True))
 
 
+def test_a_loss_that_trains_nothing_is_no_reason_not_to_estimate(llama_folder):
+    recipe = Recipe(model=str(llama_folder), block=32, tokens=3200, replace="none", loss="kl:100000")
+    assert preview.estimate_only(recipe, Runtime(quiet=True)).fits
+
+
 def stages(work, offloaded=False):
     return {stage.name: stage for stage in predict(sizes_of(work), offloaded, offloaded)}
 

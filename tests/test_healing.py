@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 import subprocess
 import sys
 
@@ -102,6 +103,7 @@ def test_nothing_of_adapters_is_in_the_folder(recipe, tmp_path):
     assert "besides the replacement's" in sentence
     alone = manifest.plan.model_copy(update={"occupied": 0, "replace": "none"})
     assert verdict.healed(alone, 21) == "Healed (lora): 21 tensors are not the source's any more."
+    assert verdict.healed(alone, 1) == "Healed (lora): 1 tensor is not the source's any more."
 
 
 def test_a_healed_model_loads_and_writes_where_neither_peft_nor_this_tool_is(recipe, tmp_path):
@@ -184,13 +186,16 @@ def test_a_share_that_leaves_nothing_is_refused(recipe, tmp_path):
         run.compress(recipe(heal="all", **{**WAY, "tokens": 8}), quiet(tmp_path / "out"))
 
 
-@pytest.mark.parametrize("heal", ["last:6", "layers:100"])
-def test_more_layers_than_there_are_are_refused(heal, recipe, tmp_path):
-    with pytest.raises(UserError, match=f"--heal {heal} names .* layers of a model with 6"):
+@pytest.mark.parametrize(("heal", "instead"), [("last:6+head", r"all\+head"), ("layers:100", "all")])
+def test_more_layers_than_there_are_are_refused(heal, instead, recipe, tmp_path):
+    past = rf"--heal {re.escape(heal)} reaches past the 5 layers that can be left; .* --heal {instead}\."
+    with pytest.raises(UserError, match=past):
         run.compress(recipe(heal=heal, **WAY), quiet(tmp_path / "out"))
-    with pytest.raises(UserError, match=f"--heal {heal} names .* layers of a model with 6"):
+    with pytest.raises(UserError, match=past):
         estimate_only(recipe(heal=heal), quiet(tmp_path))
     assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="--heal last:5 reaches past the 4 layers"):
+        plan_only(recipe(heal="last:5", **WAY), quiet(tmp_path))
 
 
 def test_layers_that_are_not_held_are_not_healed(recipe, tmp_path, monkeypatch):

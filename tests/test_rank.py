@@ -340,7 +340,8 @@ def test_few_sequences_are_named(llama_folder, text_file, tmp_path, capsys):
     command = ["analyze", str(llama_folder), "--data", str(text_file), "-o", str(tmp_path), "--block", "16"]
     cli.main([*command, "--calibration-tokens", "16"])
     said = " ".join(capsys.readouterr().err.split())
-    assert "warning: the calibration part is 2 sequences, of which standard errors and halves say little" in said
+    few = "warning: the calibration part is 2 sequences, of which standard errors and halves say little; give more"
+    assert f"{few} --calibration-tokens" in said
     cli.main([*command, "--calibration-tokens", "64"])
     assert "warning" not in capsys.readouterr().err
 
@@ -379,6 +380,9 @@ def test_analysis_ranks_where_a_removal_is_named(llama_folder, text_file, tmp_pa
     assert "no windows are ranked: 3:5 is the only one that may go" in capsys.readouterr().err
     cli.main([*command[:-1], "-o", str(tmp_path / "single"), "--select", "influence", "--replace", "none"])
     assert "ranked: --select influence takes single layers" in capsys.readouterr().err
+    (tmp_path / "given.yaml").write_text("window: 1:3,4:6\nselect: cosine\nprotect_last: 0\n")
+    cli.main([*command[:1], "--recipe", str(tmp_path / "given.yaml"), *command[1:-1], "-o", str(tmp_path / "given")])
+    assert "ranked: --window 1:3,4:6 names what goes" in capsys.readouterr().err
     assert not [*(tmp_path / "last").glob("ranking.json"), *(tmp_path / "single").glob("ranking.json")]
     cli.main([*command, "-o", str(tmp_path / "cosine"), "--remove", "1", "--select", "cosine"])
     kept = Ranking.read(tmp_path / "cosine" / "ranking.json")

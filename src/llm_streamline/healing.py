@@ -14,7 +14,8 @@ from llm_streamline.checkpoint import round_weights
 from llm_streamline.errors import UserError
 from llm_streamline.heal import HEAD, Heal, parse_heal
 from llm_streamline.progress import say
-from llm_streamline.records import Fit, LayerPlan, ModelShape, Window
+from llm_streamline.quantities import counted
+from llm_streamline.records import Fit, LayerPlan, Window
 from llm_streamline.replacement import ReplacementLayers
 from llm_streamline.snapshot import Snapshot
 from llm_streamline.student import check_installed, in_experts, split, student_of
@@ -31,7 +32,7 @@ SNAPSHOT = "healing.safetensors"
 def check_healing(work: Workspace) -> None:
     """Errors: UserError where the layers that are to be trained cannot be held, or what trains them is not here."""
     check_installed(work.recipe.heal)
-    check_size(work.recipe.heal, work.shape)
+    check_size(work.recipe.heal, work.shape.num_layers - 1)
     if work.recipe.heals and (work.offloads or work.estimate.writes_offloaded):
         raise UserError(
             f"--heal {work.recipe.heal} trains layers that have to be held in memory, and {work.recipe.model} does not "
@@ -39,18 +40,19 @@ def check_healing(work: Workspace) -> None:
         )
 
 
-def check_size(text: str, shape: ModelShape) -> None:
-    """Errors: UserError where `--heal` names more layers than there are."""
+def check_size(text: str, left: int) -> None:
+    """Errors: UserError where `--heal` reaches past the layers that are left, of which there are `left` at most."""
     wanted = parse_heal(text)
-    if wanted and wanted.kind in ("layers", "last") and wanted.size >= shape.num_layers:
+    if wanted and wanted.kind in ("layers", "last") and wanted.size > left:
         raise UserError(
-            f"--heal {text} names {wanted.size} layers of a model with {shape.num_layers}, some of which go; give "
-            "fewer, or --heal all."
+            f"--heal {text} reaches past the {counted(left, 'layer')} that can be left; give less, or --heal "
+            f"{Heal('all', above=wanted.above)}."
         )
 
 
 def check_heals(text: str, plan: LayerPlan) -> None:
-    """Before anything is trained. Errors: UserError where `--heal` would train stand-ins alone."""
+    """Before anything is trained. Errors: UserError where `--heal` would train stand-ins alone, or too many."""
+    check_size(text, len(plan.sources()))
     wanted = parse_heal(text)
     if not wanted or wanted.above or wanted.kind == "lora":
         return

@@ -50,7 +50,7 @@ def estimate_only(recipe: Recipe, runtime: Runtime) -> Estimate:
     work = Workspace(recipe, runtime)
     check_request(work.shape, work.recipe)
     check_lessons(work)
-    check_size(recipe.heal, work.shape)
+    check_size(recipe.heal, work.shape.num_layers - 1)
     sizes = sizes_of(work, work.estimate.offloaded)
     rates = probe(work.config, sizes, work.compute_dtype, work.device, recipe)
     return timed(work.estimate, sizes, rates)
@@ -93,6 +93,8 @@ def ranking_of(work: Workspace, recipe: Recipe) -> Ranking | None:
 
 def nothing_to_rank(work: Workspace, recipe: Recipe) -> str | None:
     """Why there are no windows to tell apart; None where there are."""
+    if recipe.given:
+        return f"--window {recipe.window} names what goes"
     if recipe.scattered:
         return f"--select {recipe.select} takes single layers, which compress --dry-run names"
     found = candidates(work.shape, recipe)

@@ -63,7 +63,6 @@ def single_layers(shape: ModelShape, recipe: Recipe, taken: Sequence[int]) -> li
 
 def net_layers(recipe: Recipe, shape: ModelShape) -> int:
     """How many net layers go. A percentage is of L, rounded half up. Errors: UserError."""
-    check_room(shape, recipe)
     if recipe.max_params is not None:
         return _layers_for(recipe.max_params, shape, recipe)
     layers, asked = shape.num_layers, recipe.remove or DEFAULT_REMOVE
@@ -72,6 +71,7 @@ def net_layers(recipe: Recipe, shape: ModelShape) -> int:
         raise UserError(f"--remove {asked} is no number of layers; give one such as 8, or a share such as 25%.")
     unit = _unit(shape, recipe)
     net = int(float(match[1]) * layers / 100 / unit + 0.5) * unit if match[2] else int(match[1])
+    check_room(shape, recipe, net)
     if net % unit:
         raise UserError(
             f"--remove {asked} with --for gguf is no multiple of {unit}, the layers after which llama.cpp takes their "
@@ -91,14 +91,15 @@ def net_layers(recipe: Recipe, shape: ModelShape) -> int:
     return net
 
 
-def check_room(shape: ModelShape, recipe: Recipe) -> None:
-    """Errors: UserError where so many windows do not fit, each of one net layer and one layer between any two."""
+def check_room(shape: ModelShape, recipe: Recipe, net: int) -> None:
+    """Errors: UserError where so many windows do not fit, however few layers each takes. `net` go in all, or fewer."""
     free = shape.num_layers - recipe.protect_first - recipe.protect_last
-    most = (free + 1) // (recipe.each + 2)
+    most = (free + 1) // (shape.period + recipe.each + 1)
     if 1 <= most < recipe.count:
+        least = counted(shape.period, "net layer")
         raise UserError(
-            f"--windows {recipe.count} do not fit in {shape.num_layers} layers, with one net layer of each, what "
-            f"stands in, one layer between any two and the protected ends; give at most {most}."
+            f"--windows {recipe.count} do not fit in {shape.num_layers} layers, with {least} of each, what stands in, "
+            f"one layer between any two and the protected ends; give at most {max(1, min(most, net // shape.period))}."
         )
 
 
@@ -129,6 +130,7 @@ def _layers_for(max_params: int, shape: ModelShape, recipe: Recipe) -> int:
         raise UserError(
             f"--max-params {max_params:,} is no less than the {shape.total:,} that {shape.name} has; ask for fewer."
         )
+    check_room(shape, recipe, shape.num_layers)
     fewest = shape.total
     unit = _unit(shape, recipe)
     for net in range(max(unit, recipe.count), _most(shape.num_layers, recipe) + 1, unit):

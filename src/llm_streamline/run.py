@@ -180,8 +180,8 @@ def measure(work: Workspace) -> Similarity:
     if len(calibration) < FEWEST:
         few = counted(len(calibration), "sequence")
         say(
-            f"warning: the calibration part is {few}, of which standard errors and halves say little; give more text, "
-            "or a shorter --block",
+            f"warning: the calibration part is {few}, of which standard errors and halves say little; give more "
+            "--calibration-tokens, or a shorter --block",
             work.runtime.quiet,
         )
     return analyze(model, calibration, batch, quiet=work.runtime.quiet, scratch=scratch, world=work.world)

@@ -54,7 +54,8 @@ def check_lessons(work: Workspace) -> None:
     recipe, config = work.recipe, work.config
     sequences = (recipe.tokens or DEFAULT_TOKENS) * recipe.epochs // block_length(recipe, context_length(config))
     healing = healing_share(recipe, sequences) if sequences else 0  # too few tokens are refused where text is read
-    stages = ((recipe, "--loss", sequences - healing), (recipe.healing, "--heal-loss", healing))
+    learning = sequences - healing if recipe.learns else 0
+    stages = ((recipe, "--loss", learning), (recipe.healing, "--heal-loss", healing))
     for one, flag, own in stages:
         if own:
             rates(one, config.hidden_size, optimizer_for(one, own))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from llm_streamline.quantities import counted
 from llm_streamline.records import Fit, LayerPlan, LinearFit, Loss, Manifest, Scores, Window, runs_of
 
 LOADERS = {"int8": "torchao", "w4a16": "compressed-tensors"}
@@ -189,7 +190,8 @@ def solved(fit: LinearFit) -> str:
 def healed(plan: LayerPlan, tensors: int) -> str:
     """What healing has left of the source, in a sentence."""
     besides = " besides the replacement's" if plan.occupied or plan.folded is not None else ""
-    return f"Healed ({plan.heal}): {tensors} tensors{besides} are not the source's any more."
+    are = "is" if tensors == 1 else "are"
+    return f"Healed ({plan.heal}): {counted(tensors, 'tensor')}{besides} {are} not the source's any more."
 
 
 def notes(manifest: Manifest) -> list[str]:
