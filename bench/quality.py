@@ -111,6 +111,7 @@ def remember() -> None:
         return (model.name_or_path, blocks.numpy().tobytes(), tuple(map(str, windows)), by) if free else object()
 
     selection.rank = Remembered(selection.rank, ranked)  # type: ignore[assignment]
+    selection.survey = Remembered(selection.survey, ranked)  # type: ignore[assignment]
 
 
 class Judge:

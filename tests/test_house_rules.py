@@ -144,6 +144,7 @@ def test_every_module_has_its_tests():
         "comparison": "findings",
         "tables": "scoreboard",
         "crossing": "rank",
+        "similarity": "analyze",
         "ranking": "rank",
         "selection": "rank",
         "figures": "report",

@@ -24,7 +24,7 @@ from llm_streamline.files import sha256
 from llm_streamline.linear import Reading, solve_window
 from llm_streamline.lock import run_lock
 from llm_streamline.parallel import ALONE, World
-from llm_streamline.rank import rank
+from llm_streamline.rank import rank, survey
 from llm_streamline.recipe import Recipe, Runtime
 from llm_streamline.records import Fit, Similarity, Window
 from llm_streamline.snapshot import Snapshot
@@ -95,6 +95,21 @@ def ranked(world: World) -> str:
     return found.model_dump_json()
 
 
+def surveyed(world: World) -> str:
+    windows = [Window(start=start, stop=start + 2) for start in range(1, 4)]
+    found = survey(tiny.make_model("llama"), tiny.random_ids(7, 16), 2, windows, "patched", quiet=True, world=world)
+    return json.dumps([json.loads(one.model_dump_json()) for one in found])
+
+
+def broken_survey(world: World) -> None:
+    """Of a model that gives no numbers on the second process's share."""
+    model, ids = tiny.make_model("llama"), tiny.random_ids(4, 16) % (tiny.VOCABULARY - 1)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[-1] = float("nan")
+    ids[3, 5] = tiny.VOCABULARY - 1
+    survey(model, ids, 2, [Window(start=1, stop=3)], "loss", quiet=True, world=world)
+
+
 def numbers(nest: object) -> list[float]:
     """All numbers in JSON, in order."""
     if isinstance(nest, (dict, list)):
@@ -147,6 +162,8 @@ def main(folder: str) -> None:
             "similarity": measured(world),
             "from the disk": measured(world, load_model(Source(folder), torch.float32, offload=Path(folder) / "none")),
             "ranking": ranked(world),
+            "survey": surveyed(world),
+            "broken survey": refused(lambda: broken_survey(world)),
             "fits": {key: trained(world, *setup) for key, setup in SETUPS.items()},
             "solved": solved(world),
             "led": world.led(lambda: f"by {world.rank}"),
@@ -187,6 +204,14 @@ def test_two_processes_rank_as_one_does(pair):
     for found in pair:
         assert numbers(json.loads(found["ranking"])) == pytest.approx(numbers(one), abs=1e-5)
     assert pair[0]["ranking"] == pair[1]["ranking"]
+
+
+def test_two_processes_survey_as_one_does_and_end_together(pair):
+    one = json.loads(surveyed(ALONE))
+    for found in pair:
+        assert numbers(json.loads(found["survey"])) == pytest.approx(numbers(one), abs=1e-5)
+        assert json.loads(found["survey"])[1] == json.loads(found["ranking"])
+    assert [found["broken survey"] for found in pair] == ["StreamlineError 2", "Dismissed 2"]
 
 
 @pytest.mark.parametrize("setup", SETUPS)

@@ -273,14 +273,16 @@ def test_texts_that_are_not_one_for_each_model_are_refused(words, told):
 
 def test_a_ranking_is_of_one_model(llama_folder, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(quality.selection, "rank", lambda model, *_: asked.append(model.name_or_path))
+    for stage in ("rank", "survey"):
+        monkeypatch.setattr(quality.selection, stage, lambda model, *_: asked.append(model.name_or_path))
     monkeypatch.setattr(quality.run, "measure", quality.run.measure)
     quality.remember()
     model, blocks = load_model(Source(str(llama_folder)), torch.float32), torch.zeros(1, 4, dtype=torch.long)
     for name in ("one", "one", "two"):
         model.name_or_path = name
         quality.selection.rank(model, blocks, 1, [], "loss")
-    assert asked == ["one", "two"]
+        quality.selection.survey(model, blocks, 1, [], "loss")
+    assert asked == ["one", "one", "two", "two"]
 
 
 def test_questions_are_of_every_piece_and_its_wrong_choices_of_other_documents(tmp_path):

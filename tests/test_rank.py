@@ -17,13 +17,13 @@ from llm_streamline.choose import choose, why_ranked
 from llm_streamline.errors import UserError
 from llm_streamline.families import layers_of
 from llm_streamline.forward import run_window, substituted
-from llm_streamline.rank import best_few, rank
+from llm_streamline.rank import best_few, rank, survey
 from llm_streamline.ranking import Candidate, Ranking, Score, Winner, confidences, table
 from llm_streamline.recipe import Recipe, Runtime
 from llm_streamline.records import ModelShape, Similarity, Window
 from llm_streamline.scoring.perplexity import next_token_loss
 from llm_streamline.text import read_parts
-from llm_streamline.workspace import Workspace
+from llm_streamline.workspace import RunFolder, Workspace
 from tests import tiny
 
 WINDOWS = [Window(start=start, stop=start + 2) for start in range(1, 4)]
@@ -33,6 +33,10 @@ FAMILIES = ["llama", "gemma3_text", "opt-post-norm", "bloom", "falcon-alibi", "q
 def logits_without(model, ids: torch.Tensor, window: Window) -> torch.Tensor:
     with torch.no_grad(), substituted(model, window):
         return model(ids).logits[:, :-1].double()
+
+
+def matrices(similarity) -> list[list[list[float]]]:
+    return [getattr(similarity, name) for name in ("cosine", "cosine_se", "relative_change", "relative_change_se")]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -59,6 +63,11 @@ def test_deleted_scores_equal_the_model_with_its_window_skipped(name, monkeypatc
         assert one.relative.value == pytest.approx(similarity.change_of(window), rel=1e-4)
         assert one.patched is one.replaceability is None
     assert found.winner.window == min(found.candidates, key=lambda one: one.kl.value).window
+    seen, again = survey(model, ids, 2, WINDOWS, "kl", quiet=True)
+    assert again == found, "the same from one pass for both"
+    assert (seen.sequences, seen.tokens, len(seen.halves)) == (5, 100, 2)
+    for mine, theirs in zip(*([*matrices(one), *one.halves] for one in (seen, similarity)), strict=True):
+        torch.testing.assert_close(torch.tensor(mine), torch.tensor(theirs), rtol=1e-4, atol=1e-6)
     assert found.winners["cosine"].window == similarity.windows(2, 1, 1)[0]
     assert Ranking.model_validate_json(found.model_dump_json()) == found
 
@@ -266,7 +275,7 @@ def test_confidence_is_the_share_of_halves_that_agree():
     found = rank_stage._Found(WINDOWS[:2], 4, ["cosine", "relative", "loss", "kl"])
     for values in found.values.values():
         values[0], values[1] = torch.tensor([[0.0, 1.0, 1.0, 1.0], [9.0, 0.0, 0.0, 0.0]]), 1.0
-    ranked = rank_stage._ranking(found, "loss", torch.zeros(4, 8))
+    ranked = rank_stage._ranking(found, "loss", torch.Size([4, 8]))
     assert ranked.winner.window == WINDOWS[0] and ranked.winner.confidence == pytest.approx(0.5, abs=0.05)
 
 
@@ -346,6 +355,30 @@ def test_few_sequences_are_named(llama_folder, text_file, tmp_path, capsys):
     assert "warning" not in capsys.readouterr().err
 
 
+def test_a_survey_of_non_finite_states_names_the_layer():
+    model = tiny.make_model("llama")
+    with torch.no_grad():
+        layers_of(model)[3].mlp.down_proj.weight[0, 0] = float("nan")
+    with pytest.raises(UserError, match="output of layer 3"):
+        survey(model, tiny.random_ids(2, 8), 2, WINDOWS, "loss", quiet=True)
+
+
+@pytest.mark.parametrize(("select", "passes"), [(None, ["survey"]), ("loss", ["survey"]), ("cosine", ["analyze"])])
+def test_a_held_model_is_passed_once_for_both(select, passes, llama_folder, text_file, tmp_path, monkeypatch):
+    begun = []
+    for module, stage in ((run, "analyze"), (selection, "rank"), (selection, "survey")):
+        real = getattr(module, stage)
+        monkeypatch.setattr(module, stage, lambda *a, real=real, stage=stage, **k: begun.append(stage) or real(*a, **k))
+    one = work(llama_folder, text_file, replace="none", **({"select": select} if select else {}))
+    folder = RunFolder(tmp_path, one.recipe)
+    similarity = run.measured_into(folder, one)
+    plan = selection.decide(one, similarity, folder)
+    assert begun == passes and folder.has("ranking.json") == (select != "cosine")
+    assert plan == preview.plan_only(one.recipe, one.runtime)
+    (tmp_path / "ranking.json").unlink(missing_ok=True)  # as a run has it that was killed after the similarity alone
+    assert selection.decide(one, similarity, folder) == plan
+
+
 def test_the_plan_alone_and_the_run_decide_alike_and_a_run_is_continued(llama_folder, text_file, tmp_path, monkeypatch):
     monkeypatch.setattr(assemble_module, "verify", oracle.check)  # in this process
     recipe = work(llama_folder, text_file, replace="none", select="loss").recipe
@@ -360,6 +393,7 @@ def test_the_plan_alone_and_the_run_decide_alike_and_a_run_is_continued(llama_fo
     assert "What each window would cost" in html and f"{kept.candidates[0].kl.value:.4f}" in html
     (tmp_path / "out" / "plan.json").unlink()  # as a run that was killed between the two leaves it
     monkeypatch.setattr(selection, "rank", None)
+    monkeypatch.setattr(selection, "survey", None)
     assert run.compress(recipe, runtime).plan == planned
 
 

@@ -35,17 +35,22 @@ def in_this_process(monkeypatch):
 
 def test_the_second_round_goes_on_from_the_first(recipe, tmp_path, monkeypatch):
     way, ranked, trained = recipe(**{**WAY, "protect_first": 0, "select": "kl", "init": "inherited"}), [], []
-    real, fit = selection.rank, Trainer.fit
+    fit = Trainer.fit
 
-    def noted(model, blocks, *rest):
-        ranked.append((next_token_loss(model, blocks, 4, "", quiet=True).nats, real(model, blocks, *rest)))
-        return ranked[-1][1]
+    def noting(real):
+        def noted(model, blocks, *rest):
+            loss, found = next_token_loss(model, blocks, 4, "", quiet=True).nats, real(model, blocks, *rest)
+            ranked.append((loss, found[1] if isinstance(found, tuple) else found))
+            return found
+
+        return noted
 
     def begun(self, blocks, validation):
         trained.append(({key: value.clone() for key, value in self.replacement.state_dict().items()}, blocks))
         return fit(self, blocks, validation)
 
-    monkeypatch.setattr(selection, "rank", noted)
+    for stage in ("survey", "rank"):  # of the dense model, and of the one that the first round has made
+        monkeypatch.setattr(selection, stage, noting(getattr(selection, stage)))
     monkeypatch.setattr(Trainer, "fit", begun)
     result = run.compress(way, quiet(tmp_path))
     assert result.verification.passed and len(result.plan.windows) == 2 and len(result.earlier) == 1

@@ -53,19 +53,23 @@ Bridge = Callable[[Part, Window, Tensor, Tensor], Tensor | None]
 
 @dataclass
 class Branched:
-    """A micro-batch after its last layer: the whole model's state, and that of each branch."""
+    """A micro-batch after its last layer: the whole model's state, and that of each branch.
+
+    `states` are the whole model's at all boundaries so far, where they are kept.
+    """
 
     part: Part
     whole: Flow
+    states: list[Tensor] = field(default_factory=list)
     branches: dict[Window, Flow] = field(default_factory=dict)
 
 
 def crossed(
-    layers: Layerwise, parts: Sequence[Part], windows: Sequence[Window], bridge: Bridge, top: int
+    layers: Layerwise, parts: Sequence[Part], windows: Sequence[Window], bridge: Bridge, top: int, keep: bool = False
 ) -> Iterator[Branched]:
     """Every micro-batch at boundary `top`. Where weights are not held, several share a reading of them."""
     for group in _grouped(layers, parts, len(windows)):
-        yield from _advanced(layers, group, windows, bridge, top)
+        yield from _advanced(layers, group, windows, bridge, top, keep)
 
 
 def _grouped(layers: Layerwise, parts: Sequence[Part], windows: int) -> Iterator[Sequence[Part]]:
@@ -78,7 +82,7 @@ def _grouped(layers: Layerwise, parts: Sequence[Part], windows: int) -> Iterator
 
 
 def _advanced(
-    layers: Layerwise, group: Sequence[Part], windows: Sequence[Window], bridge: Bridge, top: int
+    layers: Layerwise, group: Sequence[Part], windows: Sequence[Window], bridge: Bridge, top: int, keep: bool
 ) -> list[Branched]:
     flows = layers.enter([part.ids for part in group])
     found = [Branched(part, flow) for part, flow in zip(group, flows, strict=True)]
@@ -86,6 +90,8 @@ def _advanced(
     for boundary in range(top + 1):
         if boundary:
             layers.advance([flow for one in found for flow in (one.whole, *one.branches.values())], [boundary - 1])
+        for one in found if keep else ():
+            one.states.append(one.whole.state)
         for window in windows:
             if window.start == boundary:
                 entering[window] = [flow.state for flow in flows]

@@ -132,11 +132,12 @@ def _analysis(sizes: Sizes, model: int, offloaded: bool) -> Stage:
 
 
 def _ranking(sizes: Sizes, model: int, offloaded: bool) -> list[Stage]:
-    """Branches past the windows: on average half of the layers lie above one."""
+    """Branches past the windows: on average half of the layers lie above one. Its first pass is the analysis' too."""
     if sizes.ranked < 2 or (offloaded and not sizes.asked):
         return []
     tokens, width = max(sizes.block, sizes.forward // 2), sizes.width
-    states = (2 * sizes.ranked + 1) * tokens * width * sizes.compute_bytes
+    kept = 0 if offloaded else sizes.layers  # states of the other boundaries, while all are compared
+    states = (2 * sizes.ranked + 1 + kept) * tokens * width * sizes.compute_bytes
     states = max(states, _waiting(sizes, sizes.calibration, offloaded))
     logits = RANKED_COPIES * 4 * min(CHUNK_LOGITS, tokens * sizes.vocabulary)
     together = min(sizes.mapped, maps_at_once(width))

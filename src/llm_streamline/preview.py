@@ -14,12 +14,12 @@ from llm_streamline.lock import run_lock
 from llm_streamline.parallel import World
 from llm_streamline.probe import probe, timed
 from llm_streamline.progress import say
-from llm_streamline.ranking import RANKING, Ranking
+from llm_streamline.ranking import RANKING, By, Ranking
 from llm_streamline.recipe import Recipe, Runtime
 from llm_streamline.records import LayerPlan, Similarity
 from llm_streamline.removal import candidates, check_protected, check_request
-from llm_streamline.run import check_all, measure
-from llm_streamline.selection import decide, deciding, ranked
+from llm_streamline.run import check_all, deciding_held, measured
+from llm_streamline.selection import decide, deciding
 from llm_streamline.sizes import sizes_of
 from llm_streamline.training import check_lessons
 from llm_streamline.workspace import RunFolder, Workspace, output_folder, own_contents
@@ -33,7 +33,8 @@ def plan_only(recipe: Recipe, runtime: Runtime) -> LayerPlan:
         work = Workspace(recipe, runtime, world)
         world.alone(lambda: runtime.output and RunFolder.open(runtime.output, recipe, runtime.fresh))
         world.alone(lambda: check_all(work))
-        plan = decide(work, measure(work))
+        similarity, ranking = measured(work, recipe, deciding_held(work))
+        plan = decide(work, similarity, ranking=ranking)
         check_heals(recipe.heal, plan)
         if recipe.rounds > 1:
             say(
@@ -66,8 +67,7 @@ def analyze_model(recipe: Recipe, runtime: Runtime) -> tuple[Similarity, Ranking
         with World.opened(runtime.worker_timeout) as world:
             work = Workspace(untrained, runtime, world)
             folder = world.alone(lambda: begin_analysis(work, recipe, held))
-            similarity = measure(work)
-            ranking = ranking_of(work, recipe)
+            similarity, ranking = measured(work, recipe, world.led(lambda: ranks_by(work, recipe)))
         if not world.first:
             raise Dismissed
         remove_leftovers(folder)
@@ -80,15 +80,14 @@ def analyze_model(recipe: Recipe, runtime: Runtime) -> tuple[Similarity, Ranking
     return similarity, ranking, folder
 
 
-def ranking_of(work: Workspace, recipe: Recipe) -> Ranking | None:
-    """Of the windows that the recipe's removal leaves; None where it asks for none, or there are not several."""
+def ranks_by(work: Workspace, recipe: Recipe) -> By | None:
+    """What the windows that the recipe's removal leaves are ranked by; None where it asks for none, or for one."""
     if not asks_for_windows(recipe):
         return None
-    if why := work.world.led(lambda: nothing_to_rank(work, recipe)):
+    if why := nothing_to_rank(work, recipe):
         say(f"no windows are ranked: {why}", work.runtime.quiet)
         return None
-    by = work.world.led(lambda: "cosine" if recipe.select == "cosine" else deciding(work, recipe))
-    return by and ranked(work, recipe, by)
+    return "cosine" if recipe.select == "cosine" else deciding(work, recipe)
 
 
 def nothing_to_rank(work: Workspace, recipe: Recipe) -> str | None:

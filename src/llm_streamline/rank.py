@@ -8,14 +8,14 @@ massive activations would rule it. Shapes: N sequences, B of them in a micro-bat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llm_streamline.crossing import HALVES, Bridge, Judged, Part, crossed, judged, maps_at_once
+from llm_streamline.crossing import HALVES, Branched, Bridge, Judged, Part, crossed, judged, maps_at_once
 from llm_streamline.families import layers_of
 from llm_streamline.layerwise import Layerwise
 from llm_streamline.moments import Moments
@@ -23,7 +23,8 @@ from llm_streamline.parallel import ALONE, World
 from llm_streamline.progress import progress
 from llm_streamline.quantities import counted
 from llm_streamline.ranking import HALVINGS, SCORES, SHORTLIST, By, Candidate, Ranking, Score, Winner
-from llm_streamline.records import Window
+from llm_streamline.records import Similarity, Window
+from llm_streamline.similarity import Sums, pairwise
 
 _TINY = 1e-12
 Maps = dict[Window, list[Tensor]]  # per half of the sequences the (D, D) map that judges it
@@ -45,11 +46,27 @@ def rank(
     Each process of `world` takes its share of the micro-batches.
     """
     stage = _Stage(Layerwise(model), _parts(blocks, batch), blocks.shape, world, quiet)
-    found = stage.deleted(windows)
-    fitted = {"patched": best_few(found, SHORTLIST), "replaceability": list(windows)}.get(by, [])
-    for some in _in_turn(world.led(lambda: fitted), model.config.hidden_size):
-        found.join(stage.patched(some, replay=by == "patched"))
-    return world.led(lambda: _ranking(found, by, blocks))
+    return stage.ranking(stage.deleted(windows), by)
+
+
+def survey(
+    model: PreTrainedModel,
+    blocks: Tensor,
+    batch: int,
+    windows: Sequence[Window],
+    by: By,
+    quiet: bool = False,
+    world: World = ALONE,
+) -> tuple[Similarity, Ranking]:
+    """What `analyze` and `rank` give, from one pass of the whole model; the weights have to be held.
+
+    Errors: UserError for non-finite states.
+    """
+    stage = _Stage(Layerwise(model), _parts(blocks, batch), blocks.shape, world, quiet)
+    sums = Sums(len(layers_of(model)) + 1)
+    found = stage.deleted(windows, sums)
+    sums.add_up(world)
+    return sums.result(blocks.numel()), stage.ranking(found, by)
 
 
 def best_few(found: _Found, count: int) -> list[Window]:
@@ -138,7 +155,15 @@ class _Stage:
     def __post_init__(self) -> None:
         self.own = list(self.world.share(self.parts))
 
-    def deleted(self, windows: Sequence[Window]) -> _Found:
+    def ranking(self, found: _Found, by: By) -> Ranking:
+        """Of windows that have been deleted; with maps in their place where `by` asks for it."""
+        fitted = {"patched": best_few(found, SHORTLIST), "replaceability": found.windows}.get(by, [])
+        for some in _in_turn(self.world.led(lambda: fitted), self.layers.model.config.hidden_size):
+            found.join(self.patched(some, replay=by == "patched"))
+        return self.world.led(lambda: _ranking(found, by, self.shape))
+
+    def deleted(self, windows: Sequence[Window], sums: Sums | None = None) -> _Found:
+        """What deletion costs; with `sums` also what all boundaries of the whole model have in common."""
         found = _Found(windows, self.shape[0], ("cosine", "relative", "loss", "kl"))
 
         def bridge(part: Part, window: Window, entering: Tensor, leaving: Tensor) -> Tensor:
@@ -147,7 +172,14 @@ class _Stage:
             found.put("relative", window, part, (_norm(other - one) / _norm(one)).mean(dim=1))
             return entering
 
-        self._run(f"deleting {counted(len(windows), 'window')}", windows, bridge, found, ("loss", "kl"))
+        def delete() -> None:
+            title = f"deleting {counted(len(windows), 'window')}"
+            for one in self._crossed(title, windows, bridge, keep=sums is not None):
+                if sums is not None:
+                    sums.add(*pairwise(one.states, torch.ones_like(one.whole.ids)), one.part.first)
+                _put_losses(found, ("loss", "kl"), one.part, judged(self.layers, one))
+
+        self.world.attempt(delete)
         return found.add_up(self.world)
 
     def patched(self, windows: Sequence[Window], replay: bool) -> _Found:
@@ -164,7 +196,9 @@ class _Stage:
             found.put("replaceability", window, part, left, (weight * change.square().sum(dim=-1)).sum(dim=1))
             return (one + guess).to(entering.dtype) if replay else None
 
-        self._run(f"judging {counted(len(windows), 'map')}", windows, bridge, found, scores[1:])
+        for one in self._crossed(f"judging {counted(len(windows), 'map')}", windows, bridge, to_the_top=replay):
+            if replay:
+                _put_losses(found, scores[1:], one.part, judged(self.layers, one))
         return found.add_up(self.world)
 
     def fitted(self, windows: Sequence[Window]) -> Maps:
@@ -176,22 +210,22 @@ class _Stage:
             change = leaving.float() - entering.float()
             sums[window][part.half].add(entering.float(), change, _weight(leaving))
 
-        self._run(f"fitting {counted(len(windows), 'map')}", windows, bridge, None, ())
+        for _ in self._crossed(f"fitting {counted(len(windows), 'map')}", windows, bridge, to_the_top=False):
+            pass  # the bridge has taken what it needs
         for moments in (one for pair in sums.values() for one in pair):
             self.world.sum_(moments.xx), self.world.sum_(moments.xy)
         device = self.layers.model.device
         return {window: [sums[window][1 - half].solve().float().to(device) for half in HALVES] for window in windows}
 
     @torch.no_grad()
-    def _run(
-        self, title: str, windows: Sequence[Window], bridge: Bridge, found: _Found | None, losses: Sequence[str]
-    ) -> None:
+    def _crossed(
+        self, title: str, windows: Sequence[Window], bridge: Bridge, to_the_top: bool = True, keep: bool = False
+    ) -> Iterator[Branched]:
         """Every micro-batch of this process past the windows, as far up as is asked: losses are of the last layer."""
-        top = len(layers_of(self.layers.model)) if losses else max(window.stop for window in windows)
+        top = len(layers_of(self.layers.model)) if to_the_top else max(window.stop for window in windows)
         with progress(title, sum(len(part.ids) for part in self.own), self.quiet) as advance:
-            for one in crossed(self.layers, self.own, windows, bridge, top):
-                if found is not None and losses:
-                    _put_losses(found, losses, one.part, judged(self.layers, one))
+            for one in crossed(self.layers, self.own, windows, bridge, top, keep):
+                yield one
                 advance(len(one.part.ids), "sequences")
 
 
@@ -211,14 +245,14 @@ def _weight(leaving: Tensor) -> Tensor:
     return leaving.float().square().sum(dim=-1).clamp_min(_TINY).reciprocal()
 
 
-def _ranking(found: _Found, by: By, blocks: Tensor) -> Ranking:
-    count = len(blocks)
+def _ranking(found: _Found, by: By, shape: torch.Size) -> Ranking:
+    count = shape[0]
     order = torch.rand(HALVINGS, count, generator=torch.Generator().manual_seed(0)).argsort(dim=1)
     halves = (order < max(1, count // 2)).double()
     return Ranking(
         by=by,
         sequences=count,
-        tokens=blocks.numel(),
+        tokens=shape.numel(),
         dense=_score(torch.stack([found.dense, torch.ones_like(found.dense)])),
         candidates=[_candidate(found, window) for window in found.windows],
         winners={score: _winner(found, score, halves) for score in SCORES if score in found.values},

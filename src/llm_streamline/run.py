@@ -26,7 +26,7 @@ from llm_streamline.page import PAGE, write_evaluation_report, write_report
 from llm_streamline.parallel import World
 from llm_streamline.progress import say
 from llm_streamline.quantities import counted
-from llm_streamline.ranking import RANKING, Ranking
+from llm_streamline.ranking import RANKING, By, Ranking
 from llm_streamline.recipe import Recipe, Runtime
 from llm_streamline.recipe_file import as_values
 from llm_streamline.records import Fit, Fitted, Inputs, LayerPlan, Manifest, Scores, Similarity, Verification, runs_of
@@ -37,6 +37,7 @@ from llm_streamline.scoring.given import Task, check_questions_fit, open_tasks
 from llm_streamline.scoring.of_run import DENSE, OWN, Standing, evaluate_run, own_questions
 from llm_streamline.scoring.perplexity import FORWARD_TOKENS as LOSS_TOKENS
 from llm_streamline.scoring.perplexity import next_token_loss
+from llm_streamline.selection import deciding, ranked, surveyed
 from llm_streamline.tracking import check_tracker
 from llm_streamline.training import check_training, earlier_fits, load_replacement, train_replacement
 from llm_streamline.workspace import RunFolder, Workspace, output_folder
@@ -66,7 +67,7 @@ def compress(recipe: Recipe, runtime: Runtime | None = None) -> Result:
             work = Workspace(recipe, runtime, world)
             begun = world.alone(lambda: begin(work, held))
             folder, tasks = begun or (RunFolder(Path(), recipe, world=world), [])
-            similarity = folder.stage("similarity.json", Similarity, lambda: measure(work))
+            similarity = folder.stage("similarity.json", Similarity, lambda: measured_into(folder, work))
             folder.stage("inputs.json", Inputs, lambda: world.led(work.inputs))
             plan = folder.stage("plan.json", LayerPlan, lambda: settle(work, similarity, folder))
             check_heals(recipe.heal, plan)
@@ -172,19 +173,44 @@ def describe(plan: LayerPlan) -> str:
     return "\n".join(lines)
 
 
+def measured_into(folder: RunFolder, work: Workspace) -> Similarity:
+    """Stage 1; where the ranking comes with it, that is kept first, for stage 2."""
+    similarity, ranking = measured(work, work.recipe, deciding_held(work))
+    if ranking:
+        folder.stage(RANKING, Ranking, lambda: ranking)
+    return similarity
+
+
+def deciding_held(work: Workspace) -> By | None:
+    """The score by which windows can be ranked in the pass of stage 1, as the weights are held."""
+    return work.world.led(lambda: None if work.offloads else deciding(work, work.recipe))
+
+
+def measured(work: Workspace, recipe: Recipe, by: By | None) -> tuple[Similarity, Ranking | None]:
+    """The similarity and, where a score is named, the ranking by it, in one pass where the weights are held."""
+    if by is None or work.world.led(lambda: work.offloads):
+        return measure(work), by and ranked(work, recipe, by)
+    work.share()
+    warn_of_few(work)
+    return surveyed(work, recipe, by)
+
+
 def measure(work: Workspace) -> Similarity:
     """Stage 1: the similarity of every window on the calibration part."""
     work.share()  # before the model is read, so that unusable text is refused first
     model, scratch = work.world.attempt(lambda: (work.model, work.scratch if work.offloads else None))
     calibration, batch = work.parts.calibration, work.batch(memory.FORWARD_TOKENS)
-    if len(calibration) < FEWEST:
-        few = counted(len(calibration), "sequence")
+    warn_of_few(work)
+    return analyze(model, calibration, batch, quiet=work.runtime.quiet, scratch=scratch, world=work.world)
+
+
+def warn_of_few(work: Workspace) -> None:
+    if (count := len(work.parts.calibration)) < FEWEST:
         say(
-            f"warning: the calibration part is {few}, of which standard errors and halves say little; give more "
-            "--calibration-tokens, or a shorter --block",
+            f"warning: the calibration part is {counted(count, 'sequence')}, of which standard errors and halves say "
+            "little; give more --calibration-tokens, or a shorter --block",
             work.runtime.quiet,
         )
-    return analyze(model, calibration, batch, quiet=work.runtime.quiet, scratch=scratch, world=work.world)
 
 
 def draw_choice(similarity: Similarity, plan: LayerPlan, folder: RunFolder) -> None:

@@ -22,7 +22,7 @@ from llm_streamline.errors import UserError
 from llm_streamline.forward import shortened, substituted
 from llm_streamline.memory import FORWARD_TOKENS
 from llm_streamline.progress import say
-from llm_streamline.rank import rank
+from llm_streamline.rank import rank, survey
 from llm_streamline.ranking import NAMES, RANKING, SCORES, By, Ranking
 from llm_streamline.recipe import Recipe
 from llm_streamline.records import LayerPlan, Similarity, Window, runs_of
@@ -33,16 +33,21 @@ from llm_streamline.workspace import RunFolder, Workspace
 FEWEST_ROWS = 4  # tokens in a half of the calibration part, for each row of a linear map
 
 
-def decide(work: Workspace, similarity: Similarity, folder: RunFolder | None = None) -> LayerPlan:
+def decide(
+    work: Workspace, similarity: Similarity, folder: RunFolder | None = None, ranking: Ranking | None = None
+) -> LayerPlan:
     """Stage 2: the windows, of the first round. All processes take part; the first one's ranking is kept in `folder`.
 
-    Errors: UserError where a window's first layers cannot give what is to stand in.
+    A `ranking` that has come with the similarity is given, or lies in `folder`. Errors: UserError where a window's
+    first layers cannot give what is to stand in.
     """
-    recipe, ranking = work.recipe, None
+    recipe = work.recipe
     if recipe.scattered:
         layers = single(work, similarity)
         return work.world.led(lambda: choose_layers(similarity, work.shape, recipe, layers))
-    if by := work.world.led(lambda: deciding(work, recipe)):
+    kept = lambda: Ranking.read(folder.path / RANKING) if folder and folder.has(RANKING) else None  # noqa: E731
+    ranking = ranking or work.world.led(kept)
+    if ranking is None and (by := work.world.led(lambda: deciding(work, recipe))):
         make = partial(ranked, work, recipe, by)
         ranking = folder.stage(RANKING, Ranking, make) if folder else make()
     if recipe.given or recipe.count == 1:
@@ -199,6 +204,13 @@ def ranked(
     windows, batch = candidates(work.shape, recipe, taken), work.batch(FORWARD_TOKENS // 2)
     with without(model, taken if skipped is None else skipped):
         return rank(model, work.parts.calibration, batch, windows, by, work.runtime.quiet, work.world)
+
+
+def surveyed(work: Workspace, recipe: Recipe, by: By) -> tuple[Similarity, Ranking]:
+    """The similarity of all windows and the scores of those that the recipe leaves, on the calibration part alone."""
+    model = work.world.attempt(lambda: work.model)
+    windows, batch = candidates(work.shape, recipe), work.batch(FORWARD_TOKENS // 2)
+    return survey(model, work.parts.calibration, batch, windows, by, work.runtime.quiet, work.world)
 
 
 def cosine_differs(ranking: Ranking) -> str | None:
