@@ -173,7 +173,7 @@ class _Stage:
             return entering
 
         def delete() -> None:
-            title = f"deleting {counted(len(windows), 'window')}"
+            title = f"{'analyzing, and ' if sums else ''}deleting {counted(len(windows), 'window')}"
             for one in self._crossed(title, windows, bridge, keep=sums is not None):
                 if sums is not None:
                     sums.add(*pairwise(one.states, torch.ones_like(one.whole.ids)), one.part.first)
