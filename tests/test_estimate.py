@@ -241,6 +241,18 @@ def test_cosines_are_solved_for_in_several_passes():
     assert often["closed form"].tokens == 6 * once["closed form"].tokens
 
 
+def test_ranking_holds_the_states_at_all_boundaries_of_a_model_that_is_held():
+    sizes = sizes_of(workspace("bundled", replace="none", select="auto"))
+
+    def memory(layers, offloaded):
+        found = predict(dataclasses.replace(sizes, layers=layers), offloaded, False)
+        return next(stage.memory for stage in found if stage.name == "ranking")
+
+    state = sizes.forward // 2 * sizes.width * sizes.compute_bytes
+    assert memory(1012, False) - memory(12, False) == 1000 * state
+    assert memory(1012, True) - memory(12, True) < state
+
+
 def test_layers_taken_one_by_one_cost_a_ranking_each(llama_folder):
     one, three = (stages(workspace(llama_folder, preset="sleb", remove=count))["ranking"].tokens for count in (1, 3))
     assert three == 3 * one
