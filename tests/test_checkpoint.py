@@ -519,7 +519,7 @@ def test_models_of_the_hub_are_held_against_the_configuration_once_they_are_load
 
 
 def test_an_analysis_refuses_before_the_text_is_read(folder_of, text_file, tmp_path, monkeypatch):
-    monkeypatch.setattr(preview, "measure", None)
+    monkeypatch.setattr(preview, "measured", None)
     recipe = Recipe(model=str(folder_of(tensors(one_more_layer))), data=(str(text_file),))
     with pytest.raises(UserError, match="is unknown to the configuration"):
         preview.analyze_model(recipe, Runtime(output=tmp_path / "out", quiet=True))
