@@ -355,6 +355,13 @@ def test_few_sequences_are_named(llama_folder, text_file, tmp_path, capsys):
     assert "warning" not in capsys.readouterr().err
 
 
+def test_a_survey_halves_the_sequences_as_the_analysis_does():
+    model, ids = tiny.make_model("llama"), tiny.random_ids(7, 8)  # micro-batches begin at 0, 2, 3 and 5
+    halves = survey(model, ids, 2, WINDOWS, "loss", quiet=True)[0].halves
+    for mine, theirs in zip(halves, analyze(model, ids, batch=2, quiet=True).halves, strict=True):
+        torch.testing.assert_close(torch.tensor(mine), torch.tensor(theirs), rtol=0, atol=1e-6)
+
+
 def test_a_survey_of_non_finite_states_names_the_layer():
     model = tiny.make_model("llama")
     with torch.no_grad():
