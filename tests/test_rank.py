@@ -382,8 +382,28 @@ def test_a_held_model_is_passed_once_for_both(select, passes, llama_folder, text
     plan = selection.decide(one, similarity, folder)
     assert begun == passes and folder.has("ranking.json") == (select != "cosine")
     assert plan == preview.plan_only(one.recipe, one.runtime)
+    assert begun == 2 * passes, "nor does the plan alone pass it twice"
     (tmp_path / "ranking.json").unlink(missing_ok=True)  # as a run has it that was killed after the similarity alone
     assert selection.decide(one, similarity, folder) == plan
+
+
+def test_a_model_on_the_disk_is_measured_and_then_ranked(llama_folder, text_file, monkeypatch):
+    monkeypatch.setattr(selection, "survey", None)
+    one = work(llama_folder, text_file, select="loss")
+    monkeypatch.setattr(Workspace, "offloads", True)
+    assert run.deciding_held(one) is None
+    similarity, ranking = run.measured(one, one.recipe, "loss")
+    assert ranking.by == "loss" and similarity == run.measure(one)
+
+
+@pytest.mark.parametrize(("offloads", "words"), [(True, "chosen by cosine"), (False, "the calibration part has fewer")])
+def test_what_decides_is_said_once(offloads, words, llama_folder, text_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Workspace, "offloads", offloads)
+    monkeypatch.setattr(selection, "FEWEST_ROWS", 10**6)
+    one = work(llama_folder, text_file, Runtime(compute="float32"))
+    folder = RunFolder(tmp_path, one.recipe)
+    selection.decide(one, run.measured_into(folder, one), folder)
+    assert " ".join(capsys.readouterr().err.split()).count(words) == 1
 
 
 def test_the_plan_alone_and_the_run_decide_alike_and_a_run_is_continued(llama_folder, text_file, tmp_path, monkeypatch):
