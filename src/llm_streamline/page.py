@@ -17,7 +17,7 @@ from llm_streamline.comparison import compared, saved_of, units
 from llm_streamline.evaluation import CHAIN, EVALUATION, Chain, Evaluation
 from llm_streamline.files import write_text
 from llm_streamline.oracle import MANIFEST
-from llm_streamline.ranking import RANKING, Ranking, confidences
+from llm_streamline.ranking import Ranking, confidences, ranking_in
 from llm_streamline.ranking import table as ranking_rows
 from llm_streamline.records import LayerPlan, LinearFit, Manifest, Scores, Similarity, runs_of
 
@@ -32,7 +32,7 @@ def write_report(folder: Path) -> Path:
         Similarity.read(folder / "similarity.json"),
         (folder / "recipe.yaml").read_text(encoding="utf-8"),
         Evaluation.read(folder / EVALUATION) if (folder / EVALUATION).exists() else None,
-        Ranking.read(folder / RANKING) if (folder / RANKING).exists() else None,
+        ranking_in(folder),
         Chain.read(folder / CHAIN) if (folder / CHAIN).exists() else None,
     )
     write_text(folder / PAGE, html)

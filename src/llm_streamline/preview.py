@@ -17,9 +17,9 @@ from llm_streamline.progress import say
 from llm_streamline.ranking import RANKING, By, Ranking
 from llm_streamline.recipe import Recipe, Runtime
 from llm_streamline.records import LayerPlan, Similarity
-from llm_streamline.removal import candidates, check_protected, check_request
+from llm_streamline.removal import check_protected, check_request
 from llm_streamline.run import check_all, deciding_held, measured
-from llm_streamline.selection import decide, deciding
+from llm_streamline.selection import decide, nothing_to_rank, score
 from llm_streamline.sizes import sizes_of
 from llm_streamline.training import check_lessons
 from llm_streamline.workspace import RunFolder, Workspace, output_folder, own_contents
@@ -87,17 +87,7 @@ def ranks_by(work: Workspace, recipe: Recipe) -> By | None:
     if why := nothing_to_rank(work, recipe):
         say(f"no windows are ranked: {why}", work.runtime.quiet)
         return None
-    return "cosine" if recipe.select == "cosine" else deciding(work, recipe)
-
-
-def nothing_to_rank(work: Workspace, recipe: Recipe) -> str | None:
-    """Why there are no windows to tell apart; None where there are."""
-    if recipe.given:
-        return f"--window {recipe.window} names what goes"
-    if recipe.scattered:
-        return f"--select {recipe.select} takes single layers, which compress --dry-run names"
-    found = candidates(work.shape, recipe)
-    return f"{found[0]} is the only one that may go" if len(found) == 1 else None
+    return "cosine" if recipe.select == "cosine" else score(work, recipe)
 
 
 def asks_for_windows(recipe: Recipe) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal, get_args
 
 from llm_streamline.records import Record, Window
@@ -90,6 +91,11 @@ class Ranking(Record):
         """What scores that disagree with the decision would have taken."""
         chosen = self.winner.window
         return {by: found.window for by, found in self.winners.items() if found.window != chosen}
+
+
+def ranking_in(folder: Path) -> Ranking | None:
+    """What a run or an analysis has kept in its folder."""
+    return Ranking.read(folder / RANKING) if (folder / RANKING).exists() else None
 
 
 def disagreement(ranking: Ranking) -> str:

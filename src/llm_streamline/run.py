@@ -26,7 +26,7 @@ from llm_streamline.page import PAGE, write_evaluation_report, write_report
 from llm_streamline.parallel import World
 from llm_streamline.progress import say
 from llm_streamline.quantities import counted
-from llm_streamline.ranking import RANKING, By, Ranking
+from llm_streamline.ranking import RANKING, By, Ranking, ranking_in
 from llm_streamline.recipe import Recipe, Runtime
 from llm_streamline.recipe_file import as_values
 from llm_streamline.records import Fit, Fitted, Inputs, LayerPlan, Manifest, Scores, Similarity, Verification, runs_of
@@ -215,7 +215,7 @@ def warn_of_few(work: Workspace) -> None:
 
 def draw_choice(similarity: Similarity, plan: LayerPlan, folder: RunFolder) -> None:
     if not folder.has("similarity.png"):
-        ranking = Ranking.read(folder.path / RANKING) if folder.has(RANKING) else None
+        ranking = ranking_in(folder.path)
         by_cosine = ranking.winners["cosine"].window if ranking else None
         figures.draw_similarity(similarity, folder.file("similarity.png"), runs_of(plan.gone), by_cosine)
     if not folder.has("heat-map.png"):

@@ -23,7 +23,7 @@ from llm_streamline.forward import shortened, substituted
 from llm_streamline.memory import FORWARD_TOKENS
 from llm_streamline.progress import say
 from llm_streamline.rank import rank, survey
-from llm_streamline.ranking import NAMES, RANKING, SCORES, By, Ranking
+from llm_streamline.ranking import NAMES, RANKING, SCORES, By, Ranking, ranking_in
 from llm_streamline.recipe import Recipe
 from llm_streamline.records import LayerPlan, Similarity, Window, runs_of
 from llm_streamline.removal import candidates, net_layers, single_layers
@@ -45,8 +45,8 @@ def decide(
     if recipe.scattered:
         layers = single(work, similarity)
         return work.world.led(lambda: choose_layers(similarity, work.shape, recipe, layers))
-    kept = lambda: Ranking.read(folder.path / RANKING) if folder and folder.has(RANKING) else None  # noqa: E731
-    ranking = ranking or work.world.led(kept)
+    if ranking is None and folder:
+        ranking = work.world.led(lambda: ranking_in(folder.path))
     if ranking is None and (by := work.world.led(lambda: deciding(work, recipe))):
         make = partial(ranked, work, recipe, by)
         ranking = folder.stage(RANKING, Ranking, make) if folder else make()
@@ -158,9 +158,17 @@ def planned(work: Workspace, plan: LayerPlan, rankings: Iterable[Ranking | None]
 
 def deciding(work: Workspace, recipe: Recipe) -> By | None:
     """The score that is to decide; None where that is cosine, as analysis has measured it, or there is one window."""
-    if recipe.scattered or recipe.given or len(candidates(work.shape, recipe)) == 1:
-        return None
-    return score(work, recipe)
+    return None if nothing_to_rank(work, recipe) else score(work, recipe)
+
+
+def nothing_to_rank(work: Workspace, recipe: Recipe) -> str | None:
+    """Why there are no windows to tell apart; None where there are."""
+    if recipe.given:
+        return f"--window {recipe.window} names what goes"
+    if recipe.scattered:
+        return f"--select {recipe.select} takes single layers, which compress --dry-run names"
+    found = candidates(work.shape, recipe)
+    return f"{found[0]} is the only one that may go" if len(found) == 1 else None
 
 
 def score(work: Workspace, recipe: Recipe) -> By | None:
