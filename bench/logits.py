@@ -1,7 +1,8 @@
-"""Peak memory of a loss of logits at a vocabulary of 128,000, in chunks, against all logits at once.
+"""Peak memory of a loss of logits at a vocabulary of 128,000, in chunks and all at once; and the text beside it.
 
 Each in a process of its own, as what both take without any logits is: only the difference to that is compared. Run
-`python -m bench.logits HOW COMPUTE` for one of them, HOW being none, chunks or whole.
+`python -m bench.logits HOW COMPUTE` for one of them, HOW being none, chunks or whole. The time of `kl+0.1lm` and its
+gradient, as healing has it, is beside that of `kl`, through the layers above the middle of the model.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from bench.common import Finding
+from bench.common import Finding, interleaved, load, median_ratio, random_blocks
 
 VOCABULARY, LENGTH, BOUND = 128_000, 1024, 0.4
+TEXT_BOUND = 1.1
 
 
 def run(compute: str) -> list[Finding]:
@@ -19,7 +21,26 @@ def run(compute: str) -> list[Finding]:
     ratio = (chunks - none) / (whole - none)
     sizes = f"{(chunks - none) / 2**20:.0f} / {(whole - none) / 2**20:.0f} MiB"
     what = f"memory of kl and its gradient in chunks / on all {LENGTH} x {VOCABULARY} logits, {compute} ({sizes})"
-    return [Finding(what, ratio, f"at most {BOUND}", ratio <= BOUND)]
+    return [Finding(what, ratio, f"at most {BOUND}", ratio <= BOUND), text_beside(compute)]
+
+
+def text_beside(compute: str) -> Finding:
+    """How much longer a step's loss takes with the text's next token in it."""
+    from llm_streamline.forward import run_window
+    from llm_streamline.objective import Part
+    from llm_streamline.records import Window
+    from llm_streamline.upper import Upper
+
+    model = load(compute).requires_grad_(False)
+    ids = random_blocks(model, 4)
+    middle = model.config.num_hidden_layers // 2
+    passage = run_window(model, Window(start=middle - 1, stop=middle), ids)
+    state = (passage.leaving.float() * 1.1).requires_grad_()
+    upper = Upper(model, middle, autocast=compute == "bfloat16")
+    parts = {"kl": Part("kl"), "both": Part("kl", text=0.1)}
+    actions = {name: lambda part=part: upper.loss(passage, state, part).backward() for name, part in parts.items()}
+    ratio = median_ratio(interleaved(actions, rounds=15), "both", "kl")
+    return Finding(f"time of kl+0.1lm / kl, {compute}", ratio, f"at most {TEXT_BOUND}", ratio <= TEXT_BOUND)
 
 
 def peak_in_a_process(how: str, compute: str) -> int:

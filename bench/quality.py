@@ -36,6 +36,7 @@ from llm_streamline.checkpoint import Source, context_length, load_config, load_
 from llm_streamline.errors import UserError
 from llm_streamline.families import layers_of
 from llm_streamline.memory import held, release
+from llm_streamline.objective import LOSS
 from llm_streamline.precision import multiplies_bfloat16
 from llm_streamline.progress import say
 from llm_streamline.quantities import parse_count
@@ -59,6 +60,7 @@ METHODS: dict[str, dict[str, Any]] = {  # what of a recipe each sets; the tokens
     "healed": {"heal": "all"},
     "default-text": {"loss": TEXT_TOO},
     "healed-text": {"heal": "all", "heal_loss": TEXT_TOO},
+    "healed-kl": {"heal": "all", "heal_loss": LOSS},
     **{name: {"preset": name} for name in ("lora", "uidl", "last-n-head", "shortgpt", "sleb", "laco")},
     **{name: {"preset": name} for name in ("replaceme", "replaceme-cosine")},
     **{name: {"preset": name, "custom_code": True} for name in ("linearpatch", "linearpatch-kl", "ghost")},

@@ -113,7 +113,8 @@ def _interval(
 def controls(dense: Row, methods: dict[str, list[Row]]) -> dict[str, Compared]:
     """By method, its rows with excess over the dense model that had as much of it trained by the same loss and seed.
 
-    A loss of the dense model's own states and distribution leaves it as it is; so does none. Empty without such rows.
+    A loss of the dense model's own states and distribution leaves it as it is; so does none. Where the text is part of
+    a loss, the control has the text alone, and gains what that loss would gain at most. Empty without such rows.
     """
     if not {"control", "control-all"} <= methods.keys():
         return {}

@@ -85,7 +85,7 @@ def test_the_layers_it_names_change_and_no_others(heal, changed, recipe, llama_f
     assert (result.healing is None) == (heal == "none")
     if result.healing:
         assert result.healing.validation_best < result.healing.validation_before
-        assert result.healing.loss == result.fit.loss == "nmse:0.3,kl:0.7"
+        assert (result.fit.loss, result.healing.loss) == ("nmse:0.3,kl:0.7", "nmse:0.3,kl+0.1lm:0.7")
         assert result.fit.tokens + result.healing.tokens == TOKENS
 
 
@@ -144,8 +144,8 @@ def test_a_killed_healing_goes_on_to_the_same_bits(recipe, tmp_path, monkeypatch
 
 def test_a_loss_of_states_comes_first_where_neither_the_norm_nor_the_head_trains(recipe):
     losses = {heal: recipe(heal=heal).healing.loss_used for heal in ("lora", "all", "norm", "last:1+head")}
-    both = "nmse:0.3,kl:0.7"
-    assert losses == {"lora": both, "all": both, "norm": "kl", "last:1+head": "kl"}
+    both, logits = "nmse:0.3,kl+0.1lm:0.7", "kl+0.1lm"
+    assert losses == {"lora": both, "all": both, "norm": logits, "last:1+head": logits}
     assert recipe(heal="all", heal_loss="kl:50").healing.loss_used == "kl:50"
 
 

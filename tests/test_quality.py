@@ -331,4 +331,4 @@ def test_choices_that_share_a_forward_are_answered_as_alone(name, tmp_path, monk
 
 def test_what_learns_from_the_text_is_told_by_its_losses():
     told = {name for name in METHODS if learns_text(name)}
-    assert told == {"lora", "uidl", "last-n-head", "default-text", "healed-text"}
+    assert told == {"lora", "uidl", "last-n-head", "default-text", "healed", "healed-text"}

@@ -21,7 +21,8 @@ from llm_streamline.errors import UserError
 STATES = ("nmse", "mse", "cosine")  # of the hidden states at the window's end
 ABOVE = ("kl", "lm")  # of the logits, through the frozen layers above the window
 # defaults, as measured (docs/decisions/0009-losses.md, 0010-healing.md)
-LOSS, STATES_ONLY, LOGITS_ONLY = "nmse:0.3,kl:0.7", "nmse", "kl"
+LOSS, STATES_ONLY = "nmse:0.3,kl:0.7", "nmse"
+HEALING, LOGITS_HEALING = "nmse:0.3,kl+0.1lm:0.7", "kl+0.1lm"
 WHOLE = Fraction(1)
 TURNS = 5  # passes after the first
 _SHARE = re.compile(r"(.+):(0?\.\d+)")

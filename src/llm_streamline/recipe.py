@@ -8,7 +8,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from llm_streamline.conflicts import CHECKS
 from llm_streamline.heal import check_heal, parse_heal
-from llm_streamline.objective import LOGITS_ONLY, LOSS, STATES_ONLY, Objective, check_loss, parse_objective
+from llm_streamline.objective import HEALING, LOGITS_HEALING, LOSS, STATES_ONLY, Objective, check_loss, parse_objective
 from llm_streamline.presets import PRESETS
 from llm_streamline.quantities import Count, Fraction
 from llm_streamline.replace import BEST, ONE_OF_ITS_OWN, SOLVED, check_replace, solvable
@@ -149,7 +149,7 @@ class Recipe(Schema):
     heal_loss: Annotated[str | None, AfterValidator(check_loss)] = Field(
         None,
         description="With --heal: its loss, as --loss takes it, of the states after the last layer or the logits. "
-        f"[default: {LOSS}; {LOGITS_ONLY} where the norm or the head trains]",
+        f"[default: {HEALING}; {LOGITS_HEALING} where the norm or the head trains]",
     )
     heal_lr: float | None = Field(
         None,
@@ -250,7 +250,7 @@ class Recipe(Schema):
     def heal_loss_used(self) -> str:
         """The loss of healing asked for, or the default; norm and head are nothing to a loss of states."""
         heal = parse_heal(self.heal)
-        return self.heal_loss or (LOGITS_ONLY if heal and heal.above else LOSS)
+        return self.heal_loss or (LOGITS_HEALING if heal and heal.above else HEALING)
 
     @property
     def from_disk(self) -> Recipe:

@@ -325,6 +325,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, help="of other stories and questions than the shipped ones")
     args = parser.parse_args()
     text, asked = (TEXT_SEED, QUESTION_SEED) if args.seed is None else (args.seed, args.seed + 1)
+    args.out.mkdir(parents=True, exist_ok=True)
     stream = documents(text)
     stories: list[dict[str, object]] = [{"text": next(stream)} for _ in range(args.documents)]
     write_jsonl(args.out / "stories.jsonl", stories)
