@@ -253,6 +253,18 @@ def test_ranking_holds_the_states_at_all_boundaries_of_a_model_that_is_held():
     assert memory(1012, True) - memory(12, True) < state
 
 
+def test_the_first_rankings_first_pass_is_the_analysis_where_the_model_is_held():
+    sizes = sizes_of(workspace("bundled", replace="none", select="loss"))
+
+    def passes(offloaded, **other):
+        found = predict(dataclasses.replace(sizes, **other), offloaded, False)
+        return next(stage.tokens for stage in found if stage.name == "ranking") / sizes.calibration
+
+    half = sizes.ranked / 2
+    assert passes(False) == half and passes(True) == passes(False, greedy=True) == 1 + half
+    assert passes(False, windows=3) == 3 * (1 + half) - 1
+
+
 def test_layers_taken_one_by_one_cost_a_ranking_each(llama_folder):
     one, three = (stages(workspace(llama_folder, preset="sleb", remove=count))["ranking"].tokens for count in (1, 3))
     assert three == 3 * one

@@ -132,7 +132,10 @@ def _analysis(sizes: Sizes, model: int, offloaded: bool) -> Stage:
 
 
 def _ranking(sizes: Sizes, model: int, offloaded: bool) -> list[Stage]:
-    """Branches past the windows: on average half of the layers lie above one. Its first pass is the analysis' too."""
+    """Branches past the windows: on average half of the layers lie above one.
+
+    Where the model is held the analysis' pass is the first of the first ranking's too, and is counted there.
+    """
     if sizes.ranked < 2 or (offloaded and not sizes.asked):
         return []
     tokens, width = max(sizes.block, sizes.forward // 2), sizes.width
@@ -143,6 +146,7 @@ def _ranking(sizes: Sizes, model: int, offloaded: bool) -> list[Stage]:
     together = min(sizes.mapped, maps_at_once(width))
     # second moments, what solving for a map takes besides, and the maps in float32
     maps = together * (matrix_bytes(width) + 8 * width**2) + 4 * 8 * width**2 if together else 0
+    shared = not offloaded and not sizes.greedy
     passes = 1 + sizes.ranked / 2 + (2 * -(-sizes.mapped // together) + sizes.mapped / 2 if together else 0)
     return [
         Stage(
@@ -150,7 +154,7 @@ def _ranking(sizes: Sizes, model: int, offloaded: bool) -> list[Stage]:
             on_device=True,
             memory=model + states + maps + max(passing(sizes, tokens, offloaded), logits),
             disk=0,
-            tokens=int(passes * sizes.windows * sizes.calibration),
+            tokens=int((passes * sizes.windows - shared) * sizes.calibration),
         )
     ]
 
