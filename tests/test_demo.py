@@ -6,6 +6,7 @@ import re
 import pytest
 
 from llm_streamline.cli import main
+from llm_streamline.demo import stories
 from llm_streamline.demonstration import QUESTIONS
 from llm_streamline.scoring.questions import read_questions
 
@@ -36,3 +37,17 @@ def test_questions_have_four_choices_and_gold_in_every_place():
         assert len(set(question.choices)) == 4 and question.query.endswith("Answer:")
     counts = [sum(question.gold == place for question in questions) for place in range(4)]
     assert min(counts) > 0.15 * len(questions)
+
+
+def test_stories_of_another_seed_are_others_and_always_the_same(tmp_path, monkeypatch):
+    def written(folder, seed):
+        where = str(tmp_path / folder / "new")
+        monkeypatch.setattr(
+            "sys.argv", ["stories", "--out", where, "--documents", "3", "--questions", "2", "--seed", seed]
+        )
+        stories.main()
+        return [(tmp_path / folder / "new" / f"{name}.jsonl").read_text() for name in ("stories", "questions")]
+
+    one, again, other = written("a", "1"), written("b", "1"), written("c", "2")
+    assert one == again and [len(text.splitlines()) for text in one] == [3, 2]
+    assert all(mine != its for mine, its in zip(one, other, strict=True))
