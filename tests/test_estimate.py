@@ -253,6 +253,16 @@ def test_ranking_holds_the_states_at_all_boundaries_of_a_model_that_is_held():
     assert memory(1012, True) - memory(12, True) < state
 
 
+def test_numbers_are_held_stored_and_saved_in_formats_of_their_own(tmp_path):
+    def formats(stored, saved):
+        folder = tiny.make_folder(tmp_path / f"{stored}-{saved}", "llama", getattr(torch, stored))
+        sizes = sizes_of(workspace(folder, dtype=saved))
+        return sizes.compute_bytes, sizes.stored_bytes, sizes.saved_bytes
+
+    assert formats("bfloat16", "float32") == (4, 2, 4)
+    assert formats("float32", "bfloat16") == (4, 4, 2)
+
+
 def test_the_first_rankings_first_pass_is_the_analysis_where_the_model_is_held():
     sizes = sizes_of(workspace("bundled", replace="none", select="loss"))
 

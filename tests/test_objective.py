@@ -133,6 +133,8 @@ def test_the_likeliest_tokens_are_the_teachers_and_the_student_is_renormalised_o
 def test_next_token_by_hand_and_half_formats_are_computed_in_float32():
     student = torch.tensor([[[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]]]).log()
     assert next_token(student, torch.tensor([[0, 2]])).tolist()[0] == pytest.approx([-math.log(0.5), -math.log(0.8)])
+    both = next_token(torch.cat([student, student.flip(-1)]), torch.tensor([[0, 2], [0, 2]])).exp()
+    torch.testing.assert_close(1 / both, torch.tensor([[0.5, 0.8], [0.25, 0.1]]))
     rough = student.bfloat16()
     assert next_token(rough, torch.tensor([[0, 2]])).dtype == kl(rough, rough).dtype == torch.float32
     assert kl(student.double(), student.double()).dtype == torch.float64
