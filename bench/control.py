@@ -5,7 +5,7 @@
 
 adds the rows `control` (one layer trains, as where a replacement does) and `control-all` (every layer, as where the
 rest is healed), at the rate that healing has for weights of a trained model. A loss against the dense model's own
-states or logits has nothing to teach it, and would give its own row. What they gain is what the text alone teaches a
+states or logits, or that part of a loss, has nothing to teach it. What they gain is what the text alone teaches a
 model of this size: excess losses can be read over it too.
 """
 

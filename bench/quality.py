@@ -36,7 +36,6 @@ from llm_streamline.checkpoint import Source, context_length, load_config, load_
 from llm_streamline.errors import UserError
 from llm_streamline.families import layers_of
 from llm_streamline.memory import held, release
-from llm_streamline.objective import LOSS
 from llm_streamline.precision import multiplies_bfloat16
 from llm_streamline.progress import say
 from llm_streamline.quantities import parse_count
@@ -60,7 +59,7 @@ METHODS: dict[str, dict[str, Any]] = {  # what of a recipe each sets; the tokens
     "healed": {"heal": "all"},
     "default-text": {"loss": TEXT_TOO},
     "healed-text": {"heal": "all", "heal_loss": TEXT_TOO},
-    "healed-kl": {"heal": "all", "heal_loss": LOSS},
+    "healed-kl": {"heal": "all", "heal_loss": "nmse:0.3,kl:0.7"},
     **{name: {"preset": name} for name in ("lora", "uidl", "last-n-head", "shortgpt", "sleb", "laco")},
     **{name: {"preset": name} for name in ("replaceme", "replaceme-cosine")},
     **{name: {"preset": name, "custom_code": True} for name in ("linearpatch", "linearpatch-kl", "ghost")},
@@ -180,6 +179,7 @@ def shortened(values: dict[str, Any], scratch: Path, judge: Judge) -> dict[str, 
     row |= {"memory": peak.bytes - before, "training_seconds": sum(fit.seconds for fit in fits)}
     row |= {"window": ",".join(map(str, runs_of(result.plan.gone))), "parameters": result.plan.parameters_after}
     row |= {"trained": max([fit.trained_parameters for fit in fits], default=0), "tokens": sum(f.tokens for f in fits)}
+    row["losses"] = [fit.loss for fit in fits]  # a default may become another
     row |= {"validation": scores.excess(scores.saved), "validation_dense": scores.dense.nats}
     row |= {"compute": "bfloat16" if multiplies_bfloat16("cpu") else "float32"}
     custom = result.plan.custom_code

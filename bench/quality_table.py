@@ -2,7 +2,7 @@
 
 `python -m bench.quality_table ROWS [--against default] [--costs]`. Documents (or questions) and seeds are drawn
 together, the same for both methods of a pair, so that what is common to them falls out. Rows of `bench.control` add
-what each method keeps over the dense model trained on the same text by the same loss. --costs adds what each took:
+what each method that learns from the text keeps over the dense model trained on it. --costs adds what each took:
 memory is told right by a row that a process of its own has measured.
 """
 
@@ -111,10 +111,11 @@ def _interval(
 
 
 def controls(dense: Row, methods: dict[str, list[Row]]) -> dict[str, Compared]:
-    """By method, its rows with excess over the dense model that had as much of it trained by the same loss and seed.
+    """By method, its rows with excess over the dense model that had as much of it trained on the text, by seed.
 
-    A loss of the dense model's own states and distribution leaves it as it is; so does none. Where the text is part of
-    a loss, the control has the text alone, and gains what that loss would gain at most. Empty without such rows.
+    A loss of the dense model's own states and distribution leaves it as it is; so does none. Of a loss that has the
+    text for a part the control still has it for the whole, which takes off more than that loss teaches. Empty without
+    such rows.
     """
     if not {"control", "control-all"} <= methods.keys():
         return {}

@@ -52,7 +52,7 @@ def test_the_norm_is_what_the_last_layer_leads_to(name):
     assert torch.equal(seen["norm"], left) if norm is not None else name.startswith("opt")
 
 
-@pytest.mark.parametrize("part", [Part("kl"), Part("kl", 5), Part("lm")], ids=str)
+@pytest.mark.parametrize("part", [Part("kl"), Part("kl", 5), Part("lm"), Part("kl", text=0.5)], ids=str)
 @pytest.mark.parametrize("name", ["llama-tied", "opt", "gpt2", "gemma2", "cohere2"])
 def test_gradients_are_those_of_the_whole_model_with_its_own_norm_and_head(name, part, monkeypatch):
     monkeypatch.setattr(upper_module, "CHUNK_LOGITS", 5 * len(IDS) * tiny.VOCABULARY)
@@ -74,6 +74,7 @@ def test_gradients_are_those_of_the_whole_model_with_its_own_norm_and_head(name,
                 loss = next_token(student[:, :-1], IDS[:, 1:]).mean()
             else:
                 loss = kl(student, teacher, part.top, 2.0).mean()
+                loss = loss + part.text * next_token(student[:, :-1], IDS[:, 1:]).mean()
         (3 * loss).backward()
         found.append((loss.item(), [value.grad for value in (*replacement.trained(), *own.values())]))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)

@@ -209,6 +209,8 @@ def test_what_made_up_for_the_window_has_its_name(plan):
     alone = healed.model_copy(update={"replace": "none", "occupied": 0})
     assert "The replacement, with healing, brings back" in verdict.judge(healed, scores()).sentences[2]
     assert verdict.judge(alone, scores()).sentences[2].startswith("Healing brings back")
+    below = verdict.judge(alone, scores(dense=2.0, cut=3.0, saved=1.95)).sentences[2]
+    assert below.startswith("Healing brings back all of the loss") and "0.0500 nats below the dense model" in below
     assert "healing, makes it worse" in verdict.judge(healed, scores(cut=3.0, saved=3.5)).sentences[2]
 
 

@@ -1,10 +1,10 @@
 """The model's own layers with windows replaced, run as one: what trains is trained through those that do not.
 
 A student stands between two boundaries, as a replacement of all that lies there, and shares every frozen weight with
-the dense model, on whose states or logits it is trained. Between the ends of several windows it trains what stands in
-for each; between 0 and L, once that is there, low-rank adapters on the layers that stay, or some of them whole, and the
-norm and the head above them. What comes out of this are changed weights under the source's names, adapters merged:
-nothing needs peft to load.
+the dense model, on whose states or logits, or the text beside them, it is trained. Between the ends of several windows
+it trains what stands in for each; between 0 and L, once that is there, low-rank adapters on the layers that stay, or
+some of them whole, and the norm and the head above them. What comes out of this are changed weights under the source's
+names, adapters merged: nothing needs peft to load.
 """
 
 from __future__ import annotations

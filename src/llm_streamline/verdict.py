@@ -127,6 +127,9 @@ def came_back(plan: LayerPlan, scores: Scores) -> str:
     share = recovered(scores)
     if share is None:
         return "Cutting alone costs nothing on this text, and the saved model is better still."
+    if share > 1:
+        below = f"ends {scores.dense.nats - scores.saved.nats:.4f} nats below the dense model"
+        return f"{by} brings back all of the loss that cutting alone costs, and {below}."
     return f"{by} brings back {share:.0%} of the loss that cutting alone costs."
 
 
