@@ -271,7 +271,7 @@ def test_the_first_rankings_first_pass_is_the_analysis_where_the_model_is_held()
         return next(stage.tokens for stage in found if stage.name == "ranking") / sizes.calibration
 
     half = sizes.ranked / 2
-    assert passes(False) == half and passes(True) == passes(False, greedy=True) == 1 + half
+    assert passes(False) == half and passes(True) == passes(False, shared=0) == 1 + half
     assert passes(False, windows=3) == 3 * (1 + half) - 1
 
 

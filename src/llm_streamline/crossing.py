@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, linalg
-from torch.nn.functional import cross_entropy
 
 from llm_streamline.layerwise import GROUP_TOKENS, Flow, Layerwise
+from llm_streamline.losses import next_token
 from llm_streamline.offload import is_offloaded
 from llm_streamline.records import Window
 from llm_streamline.upper import chunk_positions
@@ -123,14 +123,14 @@ def judged(layers: Layerwise, one: Branched) -> Judged:
         part = slice(first, min(first + step, length - 1))
         targets = one.whole.ids[:, part.start + 1 : part.stop + 1]
         logits = _logits(layers, one.whole, part)
-        lost = _loss(logits, targets)
+        lost = next_token(logits, targets)
         dense += lost.double().sum(dim=1)
         shares = logits.softmax(dim=-1)
         # sum_v p_v (log p_v - log q_v), each log-probability a logit less the log-sum-exp of all
         own = linalg.vecdot(shares, logits) - _level(logits, lost, targets)
         for window, branch in one.branches.items():
             logits = _logits(layers, branch, part)
-            lost = _loss(logits, targets)
+            lost = next_token(logits, targets)
             loss[window] += lost.double().sum(dim=1)
             other = linalg.vecdot(shares, logits) - _level(logits, lost, targets)
             kl[window] += (own - other).double().sum(dim=1)
@@ -141,11 +141,6 @@ def judged(layers: Layerwise, one: Branched) -> Judged:
 def _logits(layers: Layerwise, flow: Flow, part: slice) -> Tensor:
     """(B, t, V) in float32 of some places. Norm and head treat each token by itself, so that others may be missing."""
     return layers.logits(Flow(flow.ids[:, part], flow.state[:, part], flow.calls)).float()
-
-
-def _loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """(B, t) of logits (B, t, V); in a third of the time of their log-sum-exp."""
-    return cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
 
 
 def _level(logits: Tensor, loss: Tensor, targets: Tensor) -> Tensor:

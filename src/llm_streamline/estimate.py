@@ -146,7 +146,7 @@ def _ranking(sizes: Sizes, model: int, offloaded: bool) -> list[Stage]:
     together = min(sizes.mapped, maps_at_once(width))
     # second moments, what solving for a map takes besides, and the maps in float32
     maps = together * (matrix_bytes(width) + 8 * width**2) + 4 * 8 * width**2 if together else 0
-    shared = not offloaded and not sizes.greedy
+    shared = 0 if offloaded else sizes.shared
     passes = 1 + sizes.ranked / 2 + (2 * -(-sizes.mapped // together) + sizes.mapped / 2 if together else 0)
     return [
         Stage(

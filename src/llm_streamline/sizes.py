@@ -53,7 +53,7 @@ class Sizes:
     windows: int  # that go, or layers one by one: a ranking each
     ranked: int  # windows that are scored, at most
     mapped: int  # of those, windows that linear maps are fitted for
-    greedy: bool  # layers go one by one, each after a ranking of its own
+    shared: int  # passes of the first ranking that are the analysis' too, where the model is held
     asked: bool  # whether they are scored though the model's layers stay on the disk
     compute_bytes: int
     stored_bytes: int
@@ -107,9 +107,10 @@ def sizes_of(work: Workspace, offloaded: bool = False) -> Sizes:
         logits=min(chunk_positions(batch, vocabulary), block) * batch * vocabulary if looks_through else 0,
         rounds=recipe.rounds,
         **_rankings(recipe, shape),
-        greedy=recipe.select == "greedy",
         asked=recipe.select is not None,
-        **_formats(work),
+        compute_bytes=work.compute_dtype.itemsize,
+        stored_bytes=work.checkpoint_dtype.itemsize,
+        saved_bytes=work.dtype.itemsize,
         rounded=bool(rounded(work.source, work.dtype)),
         cache=states if occupied and states <= (work.runtime.cache or 0) else 0,
         block=block,
@@ -118,11 +119,6 @@ def sizes_of(work: Workspace, offloaded: bool = False) -> Sizes:
         **_measured(recipe),
         ram=work.ram,
     )
-
-
-def _formats(work: Workspace) -> dict[str, int]:
-    formats = {"compute": work.compute_dtype, "stored": work.checkpoint_dtype, "saved": work.dtype}
-    return {f"{name}_bytes": dtype.itemsize for name, dtype in formats.items()}
 
 
 def _measured(recipe: Recipe) -> dict[str, int]:
@@ -195,4 +191,5 @@ def _rankings(recipe: Recipe, shape: ModelShape) -> dict[str, int]:
     ranked, greedy = _ranked(recipe, shape.num_layers), recipe.select == "greedy"
     mapped = min(SHORTLIST, ranked) if recipe.select in (None, "auto") and recipe.occupied else 0
     mapped = ranked if recipe.select == "replaceability" else mapped
-    return {"windows": net_layers(recipe, shape) if greedy else recipe.count, "ranked": ranked, "mapped": mapped}
+    windows, shared = (net_layers(recipe, shape), 0) if greedy else (recipe.count, 1)
+    return {"windows": windows, "ranked": ranked, "mapped": mapped, "shared": shared}

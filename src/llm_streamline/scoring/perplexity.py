@@ -6,11 +6,12 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from llm_streamline.layerwise import logits_of
+from llm_streamline.losses import next_token
 from llm_streamline.progress import progress
 from llm_streamline.records import Loss
 
@@ -67,5 +68,4 @@ def _losses(model: PreTrainedModel, ids: Tensor) -> Tensor:
 
 
 def _of_logits(logits: Tensor, ids: Tensor) -> Tensor:
-    logits, ids = logits.float(), ids.to(logits.device, torch.long)
-    return nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(len(ids), -1)
+    return next_token(logits.float(), ids.to(logits.device, torch.long)[:, 1:])
